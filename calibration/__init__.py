@@ -1,0 +1,1 @@
+"""What a smaller number format costs: text to measure on, and the range every tensor needs."""

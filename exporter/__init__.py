@@ -1,0 +1,1 @@
+"""Checkpoint to bundle: reading, tracing, writing, and the command line."""

@@ -1,0 +1,1 @@
+"""The trained model that ships with the project; `recipes/tiny` made it."""

@@ -1,0 +1,1 @@
+"""The canonical graph and what each target makes of it."""

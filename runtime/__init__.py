@@ -1,0 +1,1 @@
+"""Running a bundle: thin, without torch, and without anything of the exporter."""

@@ -1,0 +1,63 @@
+"""The errors a user can meet: each says what happened, to what, and what to do next.
+
+The command line prints `message`, then `hint`, and exits with `exit_code`: 2 where the request itself
+cannot be carried out as typed, 1 where carrying it out failed. Anything that is not a
+`GemmaExportError` is a defect of this project.
+"""
+
+
+class GemmaExportError(Exception):
+    """Base of every error that is reported as a sentence and a hint.
+
+    Args:
+        message: One sentence: what happened, and to what.
+        hint: What to do next.
+    """
+
+    exit_code: int = 1
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return f"{self.message} {self.hint}"
+
+
+class UsageError(GemmaExportError):
+    """The request cannot be carried out as it was typed."""
+
+    exit_code = 2
+
+
+class CheckpointError(GemmaExportError):
+    """A checkpoint that is missing, damaged, or not a Gemma."""
+
+
+class GraphError(GemmaExportError):
+    """A graph that does not hold what a stage promises; it names the stage."""
+
+
+class StorageError(GemmaExportError):
+    """The disk refused: full, read-only, or changed under a build."""
+
+
+class BundleError(GemmaExportError):
+    """A bundle that is damaged, unsafe, or of another format version."""
+
+
+class ParityError(GemmaExportError):
+    """A bundle that does not say what its reference says, within its precision's budget."""
+
+
+class ContextFullError(GemmaExportError):
+    """More tokens than the cache has slots; raised before any slot is overwritten."""
+
+
+class PromptError(UsageError):
+    """A prompt that cannot be read or encoded."""
+
+
+class MissingDependencyError(GemmaExportError):
+    """A package of one of the extras is not installed."""
