@@ -1,0 +1,192 @@
+"""The Gemma decoder as one small torch module with static KV-cache inputs.
+
+It is written in plain torch operators and used twice: traced, it is the source of every graph; run eagerly,
+layer by layer in fp32, it is the reference that bundles are held against.
+
+Symbols in the shape comments: B batch, T tokens, S cache slots, d hidden size, H query heads, K KV heads,
+G = H / K query heads per KV head, h head_dim, f width of one of gate and up, V vocabulary.
+
+Sources: Gemma report (arXiv 2403.08295) section 2; google/gemma_pytorch `gemma/model.py`.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gemma_export.exporter.config import GemmaConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · (1 + weight), the sum of squares and the gain in fp32."""
+
+    def __init__(self, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size), requires_grad=False)
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return x * torch.rsqrt(mean_square + self.epsilon) * (1.0 + self.weight)
+
+
+def rotary_tables(config: GemmaConfig, max_length: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, fp32 [max_length, h / 2] each.
+
+    Frequencies and angles are rounded to fp32 as the reference implementations round them: at position 8191
+    an angle held in more digits would differ from theirs by up to 5e-4 radians.
+    """
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequencies = 1.0 / (config.rope_theta**exponents)
+    angles = torch.arange(max_length, dtype=torch.float32)[:, None] * frequencies[None, :]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates the pairs (i, i + h/2) of x [B, heads, T, h] by angles given as cos, sin [B, 1, T, h/2]."""
+    low, high = x.chunk(2, dim=-1)
+    return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
+
+
+def causal_mask(position_ids: Tensor, max_length: int) -> Tensor:
+    """Additive mask [B, 1, T, S]: 0 where slot <= position, the dtype's finite minimum elsewhere.
+
+    Finite, so that a row can never become 0/0; a minimum of another dtype would turn to -inf in fp16.
+    """
+    slots = torch.arange(max_length, device=position_ids.device)
+    visible = slots[None, None, None, :] <= position_ids[:, None, :, None]
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+
+
+class Attention(nn.Module):
+    """Multi-query, grouped or multi-head attention over a static cache."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.query_heads, self.kv_heads, self.head_dim = (
+            config.num_query_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.scale = config.head_dim**-0.5
+        size, kv_size = config.num_query_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(size, config.hidden_size, bias=False)
+
+    def _heads(self, x: Tensor, heads: int) -> Tensor:
+        return x.view(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)  # [B, heads, T, h]
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = rotate(self._heads(self.q_proj(x), self.query_heads), cos, sin)  # [B, H, T, h]
+        k = rotate(self._heads(self.k_proj(x), self.kv_heads), cos, sin)  # [B, K, T, h]
+        v = self._heads(self.v_proj(x), self.kv_heads)
+        slots = position_ids[:, None, :, None].expand(k.shape)  # slot = position
+        key = key.scatter(2, slots, k)  # [B, K, S, h]
+        value = value.scatter(2, slots, v)
+        # The G query heads of one KV head follow each other, so folding them into the rows is a reshape.
+        grouped = q.reshape(q.shape[0], self.kv_heads, -1, q.shape[2], self.head_dim)  # [B, K, G, T, h]
+        scores = grouped @ key[:, :, None].transpose(-1, -2) * self.scale  # [B, K, G, T, S]
+        weights = torch.softmax(scores + mask[:, :, None], dim=-1)
+        attended = (weights @ value[:, :, None]).reshape(q.shape)  # [B, H, T, h]
+        merged = attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)  # [B, T, H·h]
+        return self.o_proj(merged), key, value
+
+
+class GatedMLP(nn.Module):
+    """GeGLU: down(gelu_tanh(gate(x)) · up(x)).
+
+    The activation is the tanh approximation whatever a config calls it: the models were trained with it.
+    """
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: GemmaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = GatedMLP(config)
+
+    def forward(
+        self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Runs the block.
+
+        Args:
+            x: Hidden states [B, T, d].
+            position_ids: int64 [B, T], consecutive in each row; also the cache slots written.
+            cos: Cosines of the positions' angles [B, 1, T, h/2].
+            sin: Sines, likewise.
+            mask: Additive mask [B, 1, T, S].
+            key: This layer's key cache [B, K, S, h].
+            value: This layer's value cache, likewise.
+
+        Returns:
+            Hidden states [B, T, d] and the two updated caches.
+        """
+        attended, key, value = self.self_attn(
+            self.input_layernorm(x), position_ids, cos, sin, mask, key, value
+        )
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+
+
+class Decoder(nn.Module):
+    """The whole model. Its parameters carry the canonical names of `docs/design.md`.
+
+    Args:
+        config: The shape.
+        max_length: S, the number of cache slots; the rotary tables have as many rows.
+        all_logits: Whether the head reads every token or only the last.
+    """
+
+    def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> None:
+        super().__init__()
+        self.max_length, self.all_logits = max_length, all_logits
+        self.embedding_scale = config.hidden_size**0.5
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        rows = (max_length, config.head_dim // 2)
+        self.register_buffer("rotary_cos", torch.empty(rows), persistent=True)
+        self.register_buffer("rotary_sin", torch.empty(rows), persistent=True)
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Runs T tokens of each row.
+
+        Args:
+            input_ids: int64 [B, T].
+            position_ids: int64 [B, T], consecutive in each row, below S.
+            past_key_values: key and value cache of each layer in turn, 2·layers tensors [B, K, S, h].
+
+        Returns:
+            Logits [B, 1, V], or [B, T, V] with `all_logits`, and the updated caches in the same order.
+        """
+        x = self.embed_tokens(input_ids) * self.embedding_scale  # [B, T, d]
+        cos = self.rotary_cos[position_ids][:, None]  # [B, 1, T, h/2]
+        sin = self.rotary_sin[position_ids][:, None]
+        mask = causal_mask(position_ids, self.max_length)
+        presents: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            key, value = past_key_values[2 * i], past_key_values[2 * i + 1]
+            x, key, value = layer(x, position_ids, cos, sin, mask, key, value)
+            presents += [key, value]
+        if not self.all_logits:
+            x = x[:, -1:]
+        return F.linear(self.norm(x), self.embed_tokens.weight), presents

@@ -1,0 +1,137 @@
+"""Traces the decoder to an ONNX graph without allocating a weight.
+
+The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. What
+comes out is the RAW graph: plain operators, one node list for the whole model, initializers that are names
+and shapes only. `bind_weights` then gives each its streamed value.
+"""
+
+import logging
+import warnings
+from collections.abc import Mapping
+
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gemma_export.errors import GraphError
+from gemma_export.exporter.config import GemmaConfig
+from gemma_export.exporter.decoder import Decoder, rotary_tables
+from gemma_export.graphs.tensors import InMemory, RowSource, StreamedTensor
+
+OPSET = 24
+"""The first opset with TensorScatter and with Attention over an explicit cache."""
+
+
+def input_names(num_layers: int) -> list[str]:
+    """The graph's inputs in order: the contract of `docs/design.md`."""
+    caches = [f"past_key_values.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
+    return ["input_ids", "position_ids", *caches]
+
+
+def output_names(num_layers: int) -> list[str]:
+    """The graph's outputs in order."""
+    caches = [f"present.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
+    return ["logits", *caches]
+
+
+def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> ir.Model:
+    """The RAW graph of the decoder in fp32, with dynamic batch and token axes and S = `max_length` slots.
+
+    Initializers have canonical names and no values.
+    """
+    with FakeTensorMode():
+        decoder = Decoder(config, max_length, all_logits=all_logits).eval()
+        # Sizes of 0 and 1 would be specialised away, so the example has two rows of three tokens.
+        tokens = torch.zeros(2, 3, dtype=torch.int64)
+        cache = [
+            torch.zeros(2, config.num_kv_heads, max_length, config.head_dim)
+            for _ in range(2 * config.num_layers)
+        ]
+        batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
+        program = torch.export.export(
+            decoder,
+            (tokens, tokens.clone(), cache),
+            dynamic_shapes=({0: batch, 1: length}, {0: batch, 1: length}, [{0: batch}] * len(cache)),
+        )
+        with warnings.catch_warnings(), _quiet_exporter():
+            warnings.simplefilter("ignore")  # About renamed axes; ours are named below.
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                optimize=False,
+                verify=False,
+                verbose=False,
+                input_names=input_names(config.num_layers),
+                output_names=output_names(config.num_layers),
+            )
+    if exported is None:
+        raise GraphError("The decoder could not be traced.", "This is a defect: please report it.")
+    model = exported.model
+    for value in model.graph.initializers.values():
+        value.const_value = None  # A fake tensor: it has no values, and no optimizer may look for them.
+    with _quiet_exporter():
+        onnxscript.optimizer.optimize_ir(model)
+    _name_axes(model)
+    model.producer_name = "gemma-export"
+    return model
+
+
+def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, RowSource]) -> None:
+    """Gives every initializer without a value its weight or its rotary table.
+
+    Raises:
+        GraphError: The graph has an initializer of another name or shape.
+    """
+    max_length = _cache_slots(model)
+    cos, sin = rotary_tables(config, max_length)
+    values: dict[str, RowSource] = {
+        **weights,
+        "rotary_cos": InMemory("rotary_cos", cos),
+        "rotary_sin": InMemory("rotary_sin", sin),
+    }
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            continue
+        source = values.get(name)
+        if source is None or value.shape is None or tuple(value.shape) != source.shape:
+            found = "no weight" if source is None else f"a weight of shape {source.shape}"
+            raise GraphError(
+                f"The traced graph wants {name} of shape {value.shape} and has {found}.",
+                "The decoder and the names table disagree: this is a defect, please report it.",
+            )
+        tensor = StreamedTensor(source, name=name)
+        value.const_value = tensor
+        value.dtype = tensor.dtype
+
+
+def _cache_slots(model: ir.Model) -> int:
+    shape = model.graph.inputs[2].shape
+    assert shape is not None
+    return int(shape[2])
+
+
+def _name_axes(model: ir.Model) -> None:
+    """Gives the dynamic axes of inputs and outputs their names."""
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        assert value.shape is not None
+        dims: list[int | str] = ["batch", *value.shape[1:]]
+        if value.name in ("input_ids", "position_ids") or not isinstance(value.shape[1], int):
+            dims[1] = "tokens"
+        value.shape = ir.Shape(dims)
+
+
+class _quiet_exporter:  # noqa: N801  (used as a function, like contextlib's)
+    """Silences the exporter's own progress and hints; what fails still raises."""
+
+    def __enter__(self) -> None:
+        self._levels = {
+            name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")
+        }
+        for name in self._levels:
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        for name, level in self._levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,56 @@
+"""A write into a cache at given positions becomes a TensorScatter at the first of them.
+
+    ScatterElements(cache, Expand(position_ids[:, None, :, None]), new, axis=2)
+        →  TensorScatter(cache, new, position_ids[:, 0], axis=-2, mode="linear")
+
+A TensorScatter whose input and output share a buffer writes the new rows and nothing else.
+
+Illegal when:
+  (1) the indices are not the graph's `position_ids`: only of those does the contract say that a row's
+      values are consecutive, which is what makes the first one enough;
+  (2) the write reduces (adds, multiplies) into the cache, or runs along another axis than the slots;
+  (3) the cache is not a graph input.
+"""
+
+from typing import Any
+
+import onnx_ir as ir
+from onnxscript.rewriter import pattern
+
+from gemma_export.graphs.passes.patterns import apply, ints
+
+
+def _write(op: Any, cache: Any, positions: Any, heads_axis: Any, last_axis: Any, shape: Any, new: Any) -> Any:
+    index = op.Unsqueeze(op.Unsqueeze(positions, heads_axis), last_axis)
+    return op.ScatterElements(cache, op.Expand(index, shape), new, axis=2, reduction="none")
+
+
+def _check(
+    context: Any,
+    cache: ir.Value,
+    positions: ir.Value,
+    heads_axis: ir.Value,
+    last_axis: ir.Value,
+    **_: Any,
+) -> pattern.MatchResult:
+    result = pattern.MatchResult()
+    if not positions.is_graph_input() or positions.name != "position_ids":
+        return result.fail("the indices are not position_ids, so they need not be consecutive", positions)
+    if ints(heads_axis) != [1] or ints(last_axis) != [3]:
+        return result.fail("the indices do not run along the slots", positions)
+    if not cache.is_graph_input():
+        return result.fail("what is written into is not a cache input", cache)
+    return result
+
+
+def _replace(op: Any, cache: ir.Value, positions: ir.Value, new: ir.Value, **_: Any) -> Any:
+    first = op.Gather(positions, op.Constant(value=ir.tensor(0)), axis=1)  # [B]
+    return op.TensorScatter(cache, new, first, axis=-2, mode="linear")
+
+
+RULE = pattern.RewriteRule(_write, _replace, _check, name="TensorScatter", remove_nodes=False)
+
+
+def scatter_cache(model: ir.Model) -> int:
+    """Rewrites every cache write; returns how many (2 · layers)."""
+    return apply(model, [RULE])

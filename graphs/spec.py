@@ -1,0 +1,193 @@
+"""What must hold of a graph, checked after each stage.
+
+The rules are data: a name and a function that returns what is wrong, or None. A graph that breaks one stops
+the build with the rule's name, before anything is written.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from gemma_export.errors import GraphError
+from gemma_export.graphs.tensors import streamed
+
+MICROSOFT = "com.microsoft"
+"""Domain of onnxruntime's own operators."""
+
+Rule = Callable[[ir.Model], str | None]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A stage's name and its rules."""
+
+    stage: str
+    rules: tuple[Rule, ...]
+
+    def check(self, model: ir.Model) -> None:
+        """Raises GraphError for the first rule that the graph breaks."""
+        for rule in self.rules:
+            problem = rule(model)
+            if problem is not None:
+                raise GraphError(
+                    f"The {self.stage} graph breaks the rule '{rule.__name__.replace('_', ' ')}': {problem}.",
+                    "This is a defect of a graph pass: please report it with the command that was run.",
+                )
+
+
+def num_layers(model: ir.Model) -> int:
+    """Layers of the decoder, counted by its cache inputs."""
+    return (len(model.graph.inputs) - 2) // 2
+
+
+def inputs_and_outputs_follow_the_contract(model: ir.Model) -> str | None:
+    """Names, order and axes as in `docs/design.md`."""
+    layers = num_layers(model)
+    parts = [f"{i}.{part}" for i in range(layers) for part in ("key", "value")]
+    wanted_inputs = ["input_ids", "position_ids", *(f"past_key_values.{part}" for part in parts)]
+    wanted_outputs = ["logits", *(f"present.{part}" for part in parts)]
+    if [value.name for value in model.graph.inputs] != wanted_inputs:
+        return f"inputs are {[value.name for value in model.graph.inputs][:4]}…"
+    if [value.name for value in model.graph.outputs] != wanted_outputs:
+        return f"outputs are {[value.name for value in model.graph.outputs][:3]}…"
+    for past, present in zip(model.graph.inputs[2:], model.graph.outputs[1:], strict=True):
+        if past.shape is None or len(past.shape) != 4 or not isinstance(past.shape[2], int):
+            return f"{past.name} is not [batch, kv_heads, slots, head_dim] with a static number of slots"
+        if past.dtype != present.dtype or past.shape != present.shape:
+            return f"{present.name} differs from {past.name} in type or shape"
+    return None if model.graph.outputs[0].dtype == ir.DataType.FLOAT else "logits are not fp32"
+
+
+def only_standard_operators(model: ir.Model) -> str | None:
+    """Nothing that a runtime other than onnxruntime would not know."""
+    others = {f"{node.domain}::{node.op_type}" for node in model.graph if node.domain}
+    return f"it holds {sorted(others)}" if others else None
+
+
+def every_initializer_has_a_value(model: ir.Model) -> str | None:
+    """A name without bytes would be written as garbage."""
+    missing = [value.name for value in model.graph.initializers.values() if value.const_value is None]
+    return f"{missing[:3]} have none" if missing else None
+
+
+def no_initializer_is_unused(model: ir.Model) -> str | None:
+    """An unused weight is a weight that some pass forgot."""
+    unused = [value.name for value in model.graph.initializers.values() if not value.uses()]
+    return f"{unused[:3]} are" if unused else None
+
+
+def caches_are_written_straight(model: ir.Model) -> str | None:
+    """Between a cache input and its output stands one writing operator and nothing else."""
+    for past, present in zip(model.graph.inputs[2:], model.graph.outputs[1:], strict=True):
+        writer = present.producer()
+        if writer is None or writer.op_type not in ("TensorScatter", "GroupQueryAttention"):
+            return f"{present.name} is made by {writer.op_type if writer else 'nothing'}"
+        if past not in writer.inputs:
+            return f"{present.name} does not come from {past.name}"
+    return None
+
+
+def embedding_is_stored_once(model: ir.Model) -> str | None:
+    """One table, read by the lookup and by the head."""
+    tables = [value for value in model.graph.initializers.values() if _vocabulary_rows(model, value)]
+    if len(tables) != 1:
+        return f"{len(tables)} initializers have the vocabulary's rows"
+    readers = Counter(_reader(use.node) for use in tables[0].uses())
+    return None if readers["Gather"] == 1 and len(readers) == 2 else f"the table is read by {dict(readers)}"
+
+
+def _vocabulary_rows(model: ir.Model, value: ir.Value) -> bool:
+    logits = model.graph.outputs[0].shape
+    shape = value.shape
+    return (
+        logits is not None
+        and shape is not None
+        and len(shape) == 2
+        and logits[-1] in tuple(shape)
+        and streamed(value) is not None
+    )
+
+
+def _reader(node: ir.Node) -> str:
+    """The operator that reads a table, seen through a transpose or a cast."""
+    if node.op_type in ("Transpose", "Cast") and node.outputs[0].uses():
+        return _reader(node.outputs[0].uses()[0].node)
+    return node.op_type
+
+
+def fused_operators_are_all_there(model: ir.Model) -> str | None:
+    """Each layer: two norms, two rotations, two cache writes, one attention; one norm at the end."""
+    layers = num_layers(model)
+    counts = Counter(node.op_type for node in model.graph)
+    wanted = {
+        "RMSNormalization": 2 * layers + 1,
+        "RotaryEmbedding": 2 * layers,
+        "TensorScatter": 2 * layers,
+        "Attention": layers,
+        "Gelu": layers,
+        "Softmax": 0,
+        "ScatterElements": 0,
+    }
+    return _differences(counts, wanted)
+
+
+def attention_masks_are_explicit(model: ir.Model) -> str | None:
+    """No `is_causal`, no count of valid slots: TensorRT misreads the one and ignores the other."""
+    for node in model.graph:
+        if node.op_type != "Attention":
+            continue
+        if node.attributes.get("is_causal") is not None:
+            return f"{node.name} sets is_causal"
+        if len(node.inputs) < 4 or node.inputs[3] is None or any(node.inputs[4:]):
+            return f"{node.name} has no mask, or more inputs than a mask"
+    return None
+
+
+def cpu_operators_are_all_there(model: ir.Model) -> str | None:
+    """Each layer: one fused attention, four products; one head."""
+    layers = num_layers(model)
+    counts = Counter(node.op_type for node in model.graph)
+    wanted = {
+        "RMSNormalization": 2 * layers + 1,
+        "GroupQueryAttention": layers,
+        "FusedMatMul": 4 * layers + 1,
+        "Gelu": layers,
+        "Attention": 0,
+        "MatMul": 0,
+        "Transpose": 0,
+    }
+    return _differences(counts, wanted)
+
+
+def _differences(counts: Counter[str], wanted: dict[str, int]) -> str | None:
+    wrong = [f"{counts[name]} {name}, not {count}" for name, count in wanted.items() if counts[name] != count]
+    return "; ".join(wrong) or None
+
+
+RAW = Spec("traced", (inputs_and_outputs_follow_the_contract, only_standard_operators))
+CANONICAL = Spec(
+    "canonical",
+    (
+        inputs_and_outputs_follow_the_contract,
+        only_standard_operators,
+        every_initializer_has_a_value,
+        no_initializer_is_unused,
+        caches_are_written_straight,
+        embedding_is_stored_once,
+        fused_operators_are_all_there,
+        attention_masks_are_explicit,
+    ),
+)
+CPU = Spec(
+    "onnxruntime CPU",
+    (
+        inputs_and_outputs_follow_the_contract,
+        every_initializer_has_a_value,
+        no_initializer_is_unused,
+        caches_are_written_straight,
+        embedding_is_stored_once,
+        cpu_operators_are_all_there,
+    ),
+)

@@ -1,0 +1,199 @@
+"""Initializers that are read in blocks of rows, and what may be done to them on the way to the disk.
+
+A weight stays where the checkpoint has it until the graph is written. What a pass does to a weight (add one,
+concatenate, change the number format) is a small object around the weight that does it to each block as it
+passes through, so the memory of a build is a few blocks, whatever the model.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import onnx_ir as ir
+import torch
+
+BLOCK_BYTES = 32 << 20
+"""Size of a block as it is read; large enough to keep a disk busy, small enough to forget."""
+
+IR_DTYPES = {
+    torch.float32: ir.DataType.FLOAT,
+    torch.float16: ir.DataType.FLOAT16,
+    torch.bfloat16: ir.DataType.BFLOAT16,
+}
+TORCH_DTYPES = {ir_dtype: dtype for dtype, ir_dtype in IR_DTYPES.items()}
+
+
+class RowSource(Protocol):
+    """A tensor whose rows (slices of axis 0) can be read on demand."""
+
+    @property
+    def name(self) -> str:
+        """Where the values come from, for messages."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of all axes; the tensor has at least one."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """float32, float16 or bfloat16."""
+        ...
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) as an owned CPU tensor of `dtype`."""
+        ...
+
+
+@dataclass(frozen=True)
+class InMemory:
+    """A small tensor that is simply there: a rotary table, a constant."""
+
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes of all axes."""
+        return tuple(self.tensor.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's own."""
+        return self.tensor.dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop)."""
+        return self.tensor[start:stop].clone()
+
+
+@dataclass(frozen=True)
+class Cast:
+    """The source in another floating-point format, rounded to nearest even."""
+
+    source: RowSource
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's shape."""
+        return self.source.shape
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), cast."""
+        return self.source.read(start, stop).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class OnePlus:
+    """1 + source, added in fp32: the gain of a Gemma RMSNorm as a standard operator takes it.
+
+    Near 1 bfloat16 has steps of 2^-7, so the sum must not be rounded back to the checkpoint's format.
+    """
+
+    source: RowSource
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's shape."""
+        return self.source.shape
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) plus one, fp32."""
+        return self.source.read(start, stop).float() + 1.0
+
+
+@dataclass(frozen=True)
+class ConcatRows:
+    """Several sources of one format and equal row shape, one below the other."""
+
+    sources: tuple[RowSource, ...]
+
+    @property
+    def name(self) -> str:
+        """The sources' names."""
+        return " + ".join(source.name for source in self.sources)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Rows add up; the other axes are the sources'."""
+        return (sum(source.shape[0] for source in self.sources), *self.sources[0].shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The sources' common format."""
+        return self.sources[0].dtype
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), from as many of the sources as they cross."""
+        parts, offset = [], 0
+        for source in self.sources:
+            low, high = max(start - offset, 0), min(stop - offset, source.shape[0])
+            if low < high:
+                parts.append(source.read(low, high))
+            offset += source.shape[0]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class StreamedTensor(ir.LazyTensor):
+    """An initializer's value that is written block by block and never held whole.
+
+    Asking it for its whole value is possible for small tensors only (a library that evaluates constants may);
+    a pass that would read a whole weight is stopped.
+    """
+
+    WHOLE_LIMIT_BYTES = 64 << 20
+
+    def __init__(self, source: RowSource, name: str | None = None) -> None:
+        super().__init__(
+            self._whole,
+            dtype=IR_DTYPES[source.dtype],
+            shape=ir.Shape(source.shape),
+            name=name or source.name,
+        )
+        self.source = source
+
+    def _whole(self) -> ir.TensorProtocol:
+        if self.nbytes > self.WHOLE_LIMIT_BYTES:
+            raise MemoryError(f"{self.name} ({self.nbytes:,} bytes) may only be read in blocks")
+        return ir.tensor(self.source.read(0, self.source.shape[0]).contiguous(), name=self.name)
+
+    def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[torch.Tensor]:
+        """The value as consecutive blocks of whole rows, each about `block_bytes` or one row."""
+        rows = self.source.shape[0]
+        step = max(1, block_bytes * rows // max(1, self.nbytes))
+        for start in range(0, rows, step):
+            yield self.source.read(start, min(start + step, rows))
+
+
+def streamed(value: ir.Value | None) -> StreamedTensor | None:
+    """The streamed tensor behind an initializer, or None for anything else."""
+    tensor = None if value is None else value.const_value
+    return tensor if isinstance(tensor, StreamedTensor) else None
+
+
+def add_initializer(graph: ir.Graph, name: str, source: RowSource) -> ir.Value:
+    """Registers a streamed initializer and returns its value."""
+    tensor = StreamedTensor(source, name=name)
+    value = ir.Value(
+        name=name, shape=ir.Shape(source.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
+    graph.register_initializer(value)
+    return value
+
+
+def total_bytes(tensors: Sequence[StreamedTensor]) -> int:
+    """Bytes these tensors take on disk."""
+    return sum(tensor.nbytes for tensor in tensors)
