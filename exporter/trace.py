@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from gemma_export.errors import GraphError
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import Decoder, rotary_tables
-from gemma_export.graphs.tensors import InMemory, RowSource, StreamedTensor
+from gemma_export.graphs.tensors import InMemory, RowSource, StreamedTensor, in_format
 
 OPSET = 24
 """The first opset with TensorScatter and with Attention over an explicit cache."""
@@ -79,7 +79,7 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
 
 
 def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, RowSource]) -> None:
-    """Gives every initializer without a value its weight or its rotary table.
+    """Gives every initializer without a value its weight, in fp32, or its rotary table.
 
     Raises:
         GraphError: The graph has an initializer of another name or shape.
@@ -101,9 +101,7 @@ def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, Row
                 f"The traced graph wants {name} of shape {value.shape} and has {found}.",
                 "The decoder and the names table disagree: this is a defect, please report it.",
             )
-        tensor = StreamedTensor(source, name=name)
-        value.const_value = tensor
-        value.dtype = tensor.dtype
+        value.const_value = StreamedTensor(in_format(source, torch.float32), name=name)
 
 
 def _cache_slots(model: ir.Model) -> int:

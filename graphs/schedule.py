@@ -4,10 +4,11 @@ A fusion that fires less often than it should is how a wrong or slow graph comes
 an error that names the pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import onnx_ir as ir
+import torch
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec
@@ -15,6 +16,7 @@ from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
 from gemma_export.graphs.passes.fuse_attention import fuse_attention
 from gemma_export.graphs.passes.fuse_rms_norm import fuse_rms_norm
 from gemma_export.graphs.passes.fuse_rotary import fuse_rotary
+from gemma_export.graphs.passes.half_precision import half_precision
 from gemma_export.graphs.passes.lower_group_query_attention import lower_group_query_attention
 from gemma_export.graphs.passes.lower_linear import lower_linear
 from gemma_export.graphs.passes.merge_gate_up import merge_gate_up
@@ -23,6 +25,7 @@ from gemma_export.graphs.passes.name_values import name_values
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
 from gemma_export.graphs.passes.scatter_cache import scatter_cache
 from gemma_export.graphs.passes.share_embedding import share_embedding
+from gemma_export.graphs.passes.store_half import store_half
 
 Pass = Callable[[ir.Model], int]
 PassReport = dict[str, int]
@@ -87,10 +90,28 @@ def canonicalize(model: ir.Model) -> PassReport:
     return report
 
 
-def lower_to_cpu(model: ir.Model) -> PassReport:
-    """Turns the canonical graph into the CPU target's, in place."""
-    report = run(model, CPU)
-    spec.CPU.check(model)
+def lower(
+    model: ir.Model, target: str, storage: torch.dtype, compute: torch.dtype, keep: Collection[str] = ()
+) -> PassReport:
+    """Turns the canonical graph into what a target takes, in place.
+
+    Args:
+        model: The canonical graph, in fp32.
+        target: `cpu` or `onnx`.
+        storage: Format of the weights.
+        compute: Format of the arithmetic and of the cache.
+        keep: Initializers (where only the storage is narrow) or values (where the arithmetic is) that stay
+            in fp32.
+    """
+    report: PassReport = {}
+    if target == "cpu":
+        report |= run(model, CPU)
+        if storage != torch.float32:
+            report["store_half"] = store_half(model, storage, keep)
+        spec.CPU.check(model)
+    elif compute != torch.float32:
+        report["half_precision"] = half_precision(model, compute, keep)
+        spec.HALF.check(model)
     return report
 
 

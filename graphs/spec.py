@@ -90,24 +90,19 @@ def caches_are_written_straight(model: ir.Model) -> str | None:
 
 
 def embedding_is_stored_once(model: ir.Model) -> str | None:
-    """One table, read by the lookup and by the head."""
-    tables = [value for value in model.graph.initializers.values() if _vocabulary_rows(model, value)]
-    if len(tables) != 1:
-        return f"{len(tables)} initializers have the vocabulary's rows"
-    readers = Counter(_reader(use.node) for use in tables[0].uses())
+    """One table, read by the lookup and by the head, and no second initializer over the same rows."""
+    lookups = [node for node in model.graph if node.op_type == "Gather" and streamed(node.inputs[0]) is not None]
+    if len(lookups) != 1:
+        return f"{len(lookups)} lookups read a stored table"
+    table, tensor = lookups[0].inputs[0], streamed(lookups[0].inputs[0])
+    assert table is not None
+    assert tensor is not None
+    for value in model.graph.initializers.values():
+        other = streamed(value)
+        if value is not table and other is not None and other.source.name == tensor.source.name:
+            return f"{value.name} stores the rows of {table.name} again"
+    readers = Counter(_reader(use.node) for use in table.uses())
     return None if readers["Gather"] == 1 and len(readers) == 2 else f"the table is read by {dict(readers)}"
-
-
-def _vocabulary_rows(model: ir.Model, value: ir.Value) -> bool:
-    logits = model.graph.outputs[0].shape
-    shape = value.shape
-    return (
-        logits is not None
-        and shape is not None
-        and len(shape) == 2
-        and logits[-1] in tuple(shape)
-        and streamed(value) is not None
-    )
 
 
 def _reader(node: ir.Node) -> str:
@@ -177,6 +172,18 @@ CANONICAL = Spec(
         caches_are_written_straight,
         embedding_is_stored_once,
         fused_operators_are_all_there,
+        attention_masks_are_explicit,
+    ),
+)
+HALF = Spec(
+    "16-bit",
+    (
+        inputs_and_outputs_follow_the_contract,
+        only_standard_operators,
+        every_initializer_has_a_value,
+        no_initializer_is_unused,
+        caches_are_written_straight,
+        embedding_is_stored_once,
         attention_masks_are_explicit,
     ),
 )

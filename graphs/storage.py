@@ -10,8 +10,9 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import onnx_ir as ir
@@ -139,28 +140,20 @@ def _write_data(placed: list[_Placed], path: Path, total: int, progress: Progres
         # However it ended, the reader must not stay blocked on a queue that nobody empties.
         stop.set()
         while reader.is_alive():
-            with _nothing_queued():
+            with suppress(queue.Empty):
                 blocks.get(timeout=0.05)
         reader.join()
     return StoredFile(written, digest.hexdigest())
 
 
-def _write_all(file: "object", block: memoryview) -> None:
+def _write_all(file: FileIO, block: memoryview) -> None:
     """Writes a whole block: an unbuffered file may take only part of it, as one nearly full disk does."""
     while block:
-        block = block[file.write(block) :]  # type: ignore[attr-defined]
-
-
-@contextmanager
-def _nothing_queued() -> Iterator[None]:
-    try:
-        yield
-    except queue.Empty:
-        pass
+        block = block[file.write(block) :]
 
 
 def _read_blocks(
-    placed: list[_Placed], blocks: "queue.Queue[memoryview | BaseException | None]", stop: threading.Event
+    placed: list[_Placed], blocks: queue.Queue[memoryview | BaseException | None], stop: threading.Event
 ) -> None:
     """Reads, checks and queues every tensor's blocks, with the padding between tensors."""
     try:
@@ -186,7 +179,7 @@ def _check_finite(block: torch.Tensor, tensor: StreamedTensor) -> None:
     if torch.isnan(block).any() or not _from_wider(tensor):
         raise CheckpointError(
             f"The weight {tensor.source.name} holds NaN or infinity.",
-            "The checkpoint is damaged or its training diverged: download it again, or check the training run.",
+            "The checkpoint is damaged or its training diverged: get it again, or look at the training run.",
         )
     raise LeavesRangeError(str(tensor.name))
 

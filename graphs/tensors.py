@@ -197,3 +197,12 @@ def add_initializer(graph: ir.Graph, name: str, source: RowSource) -> ir.Value:
 def total_bytes(tensors: Sequence[StreamedTensor]) -> int:
     """Bytes these tensors take on disk."""
     return sum(tensor.nbytes for tensor in tensors)
+
+
+def in_format(source: RowSource, dtype: torch.dtype) -> RowSource:
+    """The source in a format, without passing through a wider one that was only needed on the way."""
+    while isinstance(source, Cast):
+        source = source.source
+    if isinstance(source, ConcatRows):
+        return ConcatRows(tuple(in_format(part, dtype) for part in source.sources))
+    return source if source.dtype == dtype else Cast(source, dtype)

@@ -1,0 +1,273 @@
+"""The stages of a build, in order, and nothing else.
+
+    source → trace → passes → weights → tokenizer and configurations → parity → manifest
+
+Each hands the next a value; what fails, fails here with a sentence, and leaves nothing behind.
+"""
+
+from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from time import perf_counter
+
+import onnx_ir as ir
+import torch
+
+from gemma_export.errors import ParityError
+from gemma_export.exporter import events
+from gemma_export.exporter.bundle import check_replaceable, check_room, describe_files, new_bundle, write_manifest
+from gemma_export.exporter.gate import ParityReport
+from gemma_export.exporter.genai import write_genai_config
+from gemma_export.exporter.measure import audit_range, measure_parity
+from gemma_export.exporter.report import write_report
+from gemma_export.exporter.request import BuildRequest
+from gemma_export.exporter.source import Source, requested_source
+from gemma_export.exporter.tokenizer_files import TokenizerFacts, write_tokenizer
+from gemma_export.exporter.trace import OPSET, bind_weights, trace
+from gemma_export.graphs import schedule
+from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
+from gemma_export.runtime.bundle import (
+    ByteCounts,
+    CheckpointInfo,
+    FileEntry,
+    GraphInfo,
+    Manifest,
+    ModelInfo,
+    ParameterCounts,
+    ParitySummary,
+    TensorSpec,
+    TokenIds,
+)
+from gemma_export.version import __version__
+
+NOT_RUN = ParitySummary("not run", "none", False, {})
+TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "sentencepiece", "safetensors", "numpy")
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """A finished bundle.
+
+    Attributes:
+        path: Its folder.
+        manifest: What it says of itself.
+        report: What the parity gate measured; None where it was not run.
+        seconds: Wall time of the whole build.
+    """
+
+    path: Path
+    manifest: Manifest
+    report: ParityReport | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A lowered graph and what was done to it."""
+
+    model: ir.Model
+    passes: schedule.PassReport
+    kept: tuple[str, ...]
+
+
+def build(request: BuildRequest, listener: events.Listener = events.ignore) -> BuildResult:
+    """Builds a bundle.
+
+    Args:
+        request: What to build.
+        listener: Told of stages and progress.
+
+    Raises:
+        GemmaExportError: It cannot be built; nothing is left where the bundle would be.
+    """
+    begin = perf_counter()
+    with events.stage(listener, "checkpoint") as facts:
+        source = requested_source(request)
+        slots = request.cache_slots(source.config)
+        output = request.output_folder(source.config)
+        check_replaceable(output, force=request.force)
+        facts |= {"source": source.checkpoint.source, "form": source.checkpoint.form, "model": source.config.name}
+    with new_bundle(output, force=request.force) as folder:
+        graph, files = _write_graph(request, source, slots, folder, listener)
+        with events.stage(listener, "tokenizer") as facts:
+            tokens = _write_configurations(source, slots, folder)
+            facts |= {"pieces": tokens.pieces, "stop": list(tokens.stop_ids)}
+        manifest = _manifest(request, source, slots, graph, tokens, folder, files)
+        write_manifest(folder, manifest)
+        report = _check_parity(request, source, folder, listener)
+        if report is not None:
+            write_report(report, folder)
+            manifest = replace(manifest, parity=_summary(report, request))
+        manifest = replace(manifest, files=describe_files(folder, dict(manifest.files)))
+        write_manifest(folder, manifest)
+    return BuildResult(Path(output), manifest, report, perf_counter() - begin)
+
+
+def _write_graph(
+    request: BuildRequest, source: Source, slots: int, folder: Path, listener: events.Listener
+) -> tuple[_Graph, dict[str, StoredFile]]:
+    """Lowers the graph and streams its weights; once more for each weight that turns out to leave fp16."""
+    keep = audit_range(request, source, listener)
+    while True:
+        graph = _lower(request, source, slots, keep, listener)
+        needed = external_bytes(graph.model)
+        check_room(folder, needed)
+        try:
+            with events.stage(listener, "weights", f"{needed / 1e9:.2f} GB") as facts:
+                files = write_model(
+                    graph.model,
+                    folder,
+                    lambda done, total: listener(events.StageProgress("weights", done, total, "bytes")),
+                )
+                facts["bytes"] = needed
+        except LeavesRangeError as found:
+            listener(events.Note(f"{found.name} has values beyond {request.precision}: it is kept in fp32."))
+            keep |= {found.name}
+        else:
+            return graph, files
+
+
+def _lower(
+    request: BuildRequest, source: Source, slots: int, keep: frozenset[str], listener: events.Listener
+) -> _Graph:
+    scheme = request.scheme
+    with events.stage(listener, "trace") as facts:
+        model = trace(source.config, slots, all_logits=request.logits == "all")
+        facts["nodes"] = len(model.graph)
+    with events.stage(listener, "passes") as facts:
+        bind_weights(model, source.config, source.weights)
+        passes = schedule.canonicalize(model)
+        passes |= schedule.lower(
+            model, request.target, getattr(torch, scheme.storage), getattr(torch, scheme.compute), keep
+        )
+        facts |= {"nodes": len(model.graph), "passes": passes}
+    return _Graph(model, passes, tuple(sorted(keep)))
+
+
+def _write_configurations(source: Source, slots: int, folder: Path) -> TokenizerFacts:
+    """Writes what a client other than this project's runtime needs, and the tokenizer that both read."""
+    tokens = write_tokenizer(
+        source.write_tokenizer_model(folder),
+        folder,
+        context_length=slots,
+        vocab_size=source.config.vocab_size,
+    )
+    write_genai_config(folder, source.config, tokens, max_length=slots)
+    return tokens
+
+
+def _check_parity(
+    request: BuildRequest, source: Source, folder: Path, listener: events.Listener
+) -> ParityReport | None:
+    """Runs the gate.
+
+    Raises:
+        ParityError: The bundle is outside its precision's budget, and may not be kept.
+    """
+    if request.parity == "none":
+        return None
+    report = measure_parity(folder, source, level=request.parity, listener=listener)
+    if report.verdict == "fail" and not request.allow_parity_failure:
+        raise ParityError(
+            f"The bundle does not say what its reference says: {'; '.join(report.reasons)}.",
+            "Nothing was kept. Build with a wider --precision, or keep it with --allow-parity-failure to look "
+            "at its parity.html.",
+        )
+    return report
+
+
+def _summary(report: ParityReport, request: BuildRequest) -> ParitySummary:
+    return ParitySummary(
+        report.verdict,
+        report.level,
+        allowed_failure=report.verdict == "fail" and request.allow_parity_failure,
+        figures=report.summary(),
+    )
+
+
+def _manifest(
+    request: BuildRequest,
+    source: Source,
+    slots: int,
+    graph: _Graph,
+    tokens: TokenizerFacts,
+    folder: Path,
+    stored: dict[str, StoredFile],
+) -> Manifest:
+    config, scheme, model = source.config, request.scheme, graph.model
+    files = {name: FileEntry(file.size, file.sha256) for name, file in stored.items()}
+    cache = 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim
+    weights = sum(_bytes(value) for value in model.graph.initializers.values())
+    tables = sum(
+        _bytes(value) for name, value in model.graph.initializers.items() if name.startswith("rotary_")
+    )
+    return Manifest(
+        created_by=f"gemma-export {__version__}",
+        model=ModelInfo(
+            name=config.name,
+            size=source.size,
+            family="gemma",
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_query_heads=config.num_query_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            intermediate_size=config.intermediate_size,
+            context_length=config.context_length,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            parameters=ParameterCounts(config.embedding_parameters, config.other_parameters),
+        ),
+        precision=request.precision,
+        scheme=scheme.name,
+        target=request.target,
+        storage_dtype=scheme.storage,
+        compute_dtype=scheme.compute,
+        cache_dtype=scheme.cache,
+        fp32_tensors=graph.kept,
+        graph=GraphInfo(
+            file=GRAPH_FILE,
+            opset=OPSET,
+            max_length=slots,
+            logits=request.logits,
+            batch="dynamic",
+            inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
+            outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
+            passes=graph.passes,
+        ),
+        tokens=TokenIds(tokens.bos, tokens.eos, tokens.pad, tokens.stop_ids),
+        bytes=ByteCounts(
+            weights=weights,
+            # Of the rotary tables a token reads a row; the embedding is counted once, for the head.
+            per_token=weights - tables,
+            cache_per_row=cache * torch.finfo(getattr(torch, scheme.cache)).bits // 8,
+        ),
+        checkpoint=CheckpointInfo(
+            source.checkpoint.form, source.checkpoint.digest(), source.checkpoint.source
+        ),
+        parity=NOT_RUN,
+        tools=_tool_versions(),
+        files=describe_files(folder, files),
+    )
+
+
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _tensor_spec(value: ir.Value) -> TensorSpec:
+    assert value.shape is not None
+    assert value.dtype is not None
+    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
+    return TensorSpec(str(value.name), str(value.dtype).lower(), shape)
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for name in TOOLS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return versions

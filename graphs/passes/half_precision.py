@@ -1,0 +1,144 @@
+"""For a target with 16-bit arithmetic: every value is 16 bits wide but for islands in fp32.
+
+Each operator gets one format; values that cross between two are cast, once each. In fp32 stay:
+
+- what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), the scaled
+  embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
+- whatever `keep` names: the range audit's findings.
+
+Weights of an operator in an island are still stored in 16 bits and cast where they are used; gains and
+rotary tables feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's
+minimum would turn into -inf.
+"""
+
+from collections.abc import Collection
+
+import onnx_ir as ir
+import torch
+
+from gemma_export.graphs.passes.store_half import is_weight_matrix
+from gemma_export.graphs.tensors import IR_DTYPES, StreamedTensor, in_format, streamed
+
+ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add"})
+"""Operators that are islands. Every Add of the canonical graph is one of the residual stream."""
+
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+
+
+def half_precision(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = ()) -> int:
+    """Rewrites the canonical graph to compute in `dtype`; returns how many operators now do.
+
+    Args:
+        model: The canonical graph, in fp32.
+        dtype: float16 or bfloat16.
+        keep: Names of values (as `name_values` gives them) whose operators stay in fp32.
+    """
+    graph, half = model.graph, IR_DTYPES[dtype]
+    _store_weights(graph, dtype)
+    for cache in (*graph.inputs[2:], *graph.outputs[1:]):
+        cache.dtype = half
+    formats = _Formats(graph)
+    count = 0
+    for node in list(graph):
+        if node.op_type == "Constant" or not _is_float(node.outputs[0]):
+            continue
+        island = _is_island(node, keep)
+        target = ir.DataType.FLOAT if island else half
+        if node.op_type == "Gather":
+            target = formats.of(node.inputs[0])  # A lookup moves numbers; it computes nothing.
+        count += target == half
+        for index, operand in enumerate(node.inputs):
+            if operand is not None and _is_float(operand):
+                node.replace_input_with(index, formats.cast(operand, target, before=node))
+        for output in node.outputs:
+            output.dtype = target
+    logits = graph.outputs[0]
+    if logits.dtype != ir.DataType.FLOAT:
+        _cast_output(graph, logits)
+    return count
+
+
+class _Formats:
+    """The cast of each value to each format, made at its first use."""
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self._graph = graph
+        self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
+
+    @staticmethod
+    def of(value: ir.Value | None) -> ir.DataType:
+        assert value is not None
+        assert value.dtype is not None
+        return value.dtype
+
+    def cast(self, value: ir.Value, dtype: ir.DataType, *, before: ir.Node) -> ir.Value:
+        if value.dtype == dtype:
+            return value
+        key = (value, dtype)
+        if key not in self._casts:
+            small = self._constant(value, dtype)
+            self._casts[key] = small if small is not None else self._node(value, dtype, before)
+        return self._casts[key]
+
+    def _constant(self, value: ir.Value, dtype: ir.DataType) -> ir.Value | None:
+        """A constant in the other format, kept within that format's finite range."""
+        if not value.is_initializer() or value.const_value is None or streamed(value) is not None:
+            return None
+        limits = torch.finfo(_TORCH[dtype])
+        numbers = torch.from_numpy(value.const_value.numpy().copy()).clamp(limits.min, limits.max)
+        name = f"{value.name}.{dtype.name.lower()}"
+        tensor = ir.tensor(numbers.to(_TORCH[dtype]), name=name)
+        constant = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
+        self._graph.register_initializer(constant)
+        return constant
+
+    def _node(self, value: ir.Value, dtype: ir.DataType, before: ir.Node) -> ir.Value:
+        cast = ir.node("Cast", [value], attributes={"to": dtype})
+        output = cast.outputs[0]
+        output.name, output.shape, output.dtype = f"{value.name}.{dtype.name.lower()}", value.shape, dtype
+        self._graph.insert_before(before, cast)
+        return output
+
+
+_TORCH = {ir_dtype: dtype for dtype, ir_dtype in IR_DTYPES.items()}
+
+
+def _store_weights(graph: ir.Graph, dtype: torch.dtype) -> None:
+    for value in graph.initializers.values():
+        tensor = streamed(value)
+        if tensor is not None and is_weight_matrix(value):
+            value.const_value = StreamedTensor(in_format(tensor.source, dtype), name=value.name)
+            value.dtype = IR_DTYPES[dtype]
+
+
+def _is_float(value: ir.Value) -> bool:
+    return value.dtype in FLOATS
+
+
+def _is_island(node: ir.Node, keep: Collection[str]) -> bool:
+    scales_embedding = node.op_type == "Mul" and _reads_lookup(node)
+    return node.op_type in ALWAYS_FP32 or scales_embedding or any(out.name in keep for out in node.outputs)
+
+
+def _reads_lookup(node: ir.Node) -> bool:
+    """Whether an operand comes from the embedding lookup, directly or through a cast."""
+    for operand in node.inputs:
+        producer = None if operand is None else operand.producer()
+        if producer is not None and producer.op_type == "Cast":
+            producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
+        if producer is not None and producer.op_type == "Gather":
+            return True
+    return False
+
+
+def _cast_output(graph: ir.Graph, value: ir.Value) -> None:
+    """Makes a graph output fp32: the contract's logits."""
+    producer = value.producer()
+    assert producer is not None
+    cast = ir.node("Cast", [value], attributes={"to": ir.DataType.FLOAT})
+    output = cast.outputs[0]
+    output.shape, output.dtype = value.shape, ir.DataType.FLOAT
+    value.replace_all_uses_with(output, replace_graph_outputs=True)
+    cast.replace_input_with(0, value)
+    output.name, value.name = value.name, f"{value.name}.half"
+    graph.insert_after(producer, cast)

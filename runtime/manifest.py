@@ -1,0 +1,268 @@
+"""What `manifest.json` says, as frozen dataclasses: the schema is the fields and their types.
+
+`Manifest.from_json` refuses what does not have that shape and names the place; keys it does not know are
+ignored, so that a later release of the same format version may add some. The exporter writes the same
+dataclasses with `Manifest.to_json`.
+"""
+
+import json
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from gemma_export.errors import BundleError
+
+FORMAT = "gemma-export-bundle"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+TOKENIZER_NAME = "tokenizer.model"
+
+FloatType = Literal["float32", "float16", "bfloat16"]
+LogitsKind = Literal["last", "all"]
+
+_REBUILD = "Build the bundle again with `gemma-export build`, or fetch it again."
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """A file of the bundle: its size in bytes and its SHA-256 in lower-case hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of the graph; a dimension is a number or the name of a free one."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """How many parameters the embedding (shared with the head) and all the rest have."""
+
+    embedding: int
+    other: int
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The model's shape."""
+
+    name: str
+    size: str
+    family: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    context_length: int
+    rms_norm_eps: float
+    rope_theta: float
+    parameters: ParameterCounts
+
+
+@dataclass(frozen=True)
+class GraphInfo:
+    """The graph's file and its contract; `max_length` is the number of slots of a cache row."""
+
+    file: str
+    opset: int
+    max_length: int
+    logits: LogitsKind
+    batch: int | str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    passes: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """Ids of the control tokens; `stop` are those that end a generation."""
+
+    bos: int
+    eos: int
+    pad: int
+    stop: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ByteCounts:
+    """Bytes of the weights, read for one decoded token, and held by one row of the cache."""
+
+    weights: int
+    per_token: int
+    cache_per_row: int
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """Where the weights came from."""
+
+    form: str
+    digest: str
+    source: str | None
+
+
+@dataclass(frozen=True)
+class ParitySummary:
+    """The verdict of the parity gate; in JSON the figures stand beside it, not in an object of their own."""
+
+    verdict: Literal["pass", "fail", "not run"]
+    level: Literal["quick", "full", "none"]
+    allowed_failure: bool
+    figures: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All of `manifest.json`."""
+
+    created_by: str
+    model: ModelInfo
+    precision: str
+    scheme: str
+    target: str
+    storage_dtype: FloatType
+    compute_dtype: FloatType
+    cache_dtype: FloatType
+    fp32_tensors: tuple[str, ...]
+    graph: GraphInfo
+    tokens: TokenIds
+    bytes: ByteCounts
+    checkpoint: CheckpointInfo
+    parity: ParitySummary
+    tools: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    format: str = FORMAT
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Reads a manifest.
+
+        Args:
+            text: The contents of `manifest.json`.
+
+        Raises:
+            BundleError: It is not JSON, not a manifest, of another format version, or misshapen.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BundleError(f"{MANIFEST_NAME} is not JSON: {error}.", _REBUILD) from None
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise BundleError(
+                f"{MANIFEST_NAME} is not the manifest of a gemma-export bundle.",
+                f'Its "format" must be "{FORMAT}"; give the folder that `gemma-export build` wrote.',
+            )
+        _check_version(data.get("format_version"))
+        parity = data.get("parity")
+        if isinstance(parity, dict):
+            known = {field.name for field in fields(ParitySummary)}
+            figures = {key: value for key, value in parity.items() if key not in known}
+            data["parity"] = {**parity, "figures": figures}
+        manifest: Manifest = _read(data, cls, "")
+        _check_numbers(manifest)
+        return manifest
+
+    def to_json(self) -> str:
+        """The manifest as JSON text; `from_json` reads it back to an equal value."""
+        data = asdict(self)
+        figures = data["parity"].pop("figures")
+        data["parity"] = {**figures, **data["parity"]}
+        head = {key: data.pop(key) for key in ("format", "format_version")}
+        return json.dumps({**head, **data}, indent=2, ensure_ascii=False) + "\n"
+
+
+def _check_version(version: object) -> None:
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BundleError(f"{MANIFEST_NAME}: format_version is {version!r}, not a version number.", _REBUILD)
+    if version > FORMAT_VERSION:
+        raise BundleError(
+            f"The bundle has format version {version}; this gemma-export reads up to {FORMAT_VERSION}.",
+            "Upgrade gemma-export, or build the bundle again with this one.",
+        )
+
+
+def _check_numbers(manifest: Manifest) -> None:
+    """Numbers that have the right type and can still not be true."""
+    model, graph, tokens = manifest.model, manifest.graph, manifest.tokens
+    sizes = {
+        "model.vocab_size": model.vocab_size,
+        "model.num_layers": model.num_layers,
+        "model.num_kv_heads": model.num_kv_heads,
+        "model.head_dim": model.head_dim,
+        "graph.max_length": graph.max_length,
+    }
+    for place, size in sizes.items():
+        if size < 1:
+            raise BundleError(f"{MANIFEST_NAME}: {place} is {size}; it must be at least 1.", _REBUILD)
+    ids = [("bos", tokens.bos), ("eos", tokens.eos), ("pad", tokens.pad)]
+    for name, token in [*ids, *(("stop", token) for token in tokens.stop)]:
+        if token >= model.vocab_size:
+            raise BundleError(
+                f"{MANIFEST_NAME}: tokens.{name} {token} is outside the vocabulary of {model.vocab_size}.",
+                _REBUILD,
+            )
+
+
+def _read(value: Any, wanted: Any, place: str) -> Any:
+    """`value` as the annotated type `wanted`; `place` is where it stands, for the message."""
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if wanted is Any:
+        return value
+    if is_dataclass(wanted) and isinstance(wanted, type):
+        return _read_dataclass(value, wanted, place)
+    if origin is Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise _misshapen(place, value, "one of " + ", ".join(f'"{choice}"' for choice in arguments))
+    if origin in (Union, types.UnionType):
+        for choice in arguments:
+            if choice is type(None) and value is None:
+                return None
+            if choice in (str, int) and type(value) is choice:
+                return _read(value, choice, place)
+        raise _misshapen(place, value, "another type")
+    if origin is tuple:
+        if not isinstance(value, list):
+            raise _misshapen(place, value, "a list")
+        return tuple(_read(item, arguments[0], f"{place}[{index}]") for index, item in enumerate(value))
+    if origin is Mapping:
+        if not isinstance(value, dict):
+            raise _misshapen(place, value, "an object")
+        return {key: _read(item, arguments[1], f"{place}[{key!r}]") for key, item in value.items()}
+    if wanted is int and (type(value) is not int or value < 0):
+        raise _misshapen(place, value, "a whole number that is not negative")
+    if wanted is float and type(value) not in (int, float):
+        raise _misshapen(place, value, "a number")
+    if wanted in (str, bool) and type(value) is not wanted:
+        raise _misshapen(place, value, {str: "text", bool: "true or false"}[wanted])
+    return value
+
+
+def _read_dataclass(value: Any, wanted: type, place: str) -> Any:
+    if not isinstance(value, dict):
+        raise _misshapen(place, value, "an object")
+    hints = get_type_hints(wanted)
+    read = {}
+    for name in (field.name for field in fields(wanted)):
+        inner = f"{place}.{name}" if place else name
+        if name not in value:
+            raise BundleError(f"{MANIFEST_NAME}: {inner} is missing.", _REBUILD)
+        read[name] = _read(value[name], hints[name], inner)
+    return wanted(**read)
+
+
+def _misshapen(place: str, value: object, wanted: str) -> BundleError:
+    shown = repr(value)
+    shown = shown if len(shown) <= 60 else shown[:57] + "..."
+    return BundleError(f"{MANIFEST_NAME}: {place or 'the whole'} is {shown}; it must be {wanted}.", _REBUILD)
