@@ -19,6 +19,8 @@ from gemma_export.exporter.config import GemmaConfig
 _BLOCK_VALUES = 2**18
 # A uniform int16 has this standard deviation: 2^16 / sqrt(12).
 _INT16_STD = 2**16 / math.sqrt(12)
+# The root mean square of what the first layer is given: a row of the table times sqrt(hidden_size).
+_TABLE_RMS = 1 / 32
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,3 @@ def random_tensors(config: GemmaConfig, seed: int, dtype: torch.dtype) -> dict[s
         name = f"model.{canonical}"
         tensors[name] = RandomTensor(name, shape, dtype, seed, mean, std)
     return tensors
-
-
-# Of a table's row times sqrt(hidden_size): what the first layer is given.
-_TABLE_RMS = 1 / 32

@@ -178,7 +178,17 @@ class Decoder(nn.Module):
         Returns:
             Logits [B, 1, V], or [B, T, V] with `all_logits`, and the updated caches in the same order.
         """
-        x = self.embed_tokens(input_ids) * self.embedding_scale  # [B, T, d]
+        x, presents = self.run_layers(self.embed(input_ids), position_ids, past_key_values)
+        return self.head(x), presents
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Scaled embeddings [B, T, d]."""
+        return self.embed_tokens(input_ids) * self.embedding_scale
+
+    def run_layers(
+        self, x: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All layers: hidden states [B, T, d] and the updated caches."""
         cos = self.rotary_cos[position_ids][:, None]  # [B, 1, T, h/2]
         sin = self.rotary_sin[position_ids][:, None]
         mask = causal_mask(position_ids, self.max_length)
@@ -187,6 +197,10 @@ class Decoder(nn.Module):
             key, value = past_key_values[2 * i], past_key_values[2 * i + 1]
             x, key, value = layer(x, position_ids, cos, sin, mask, key, value)
             presents += [key, value]
+        return x, presents
+
+    def head(self, x: Tensor) -> Tensor:
+        """Logits of the last token [B, 1, V], or of all with `all_logits`."""
         if not self.all_logits:
             x = x[:, -1:]
-        return F.linear(self.norm(x), self.embed_tokens.weight), presents
+        return F.linear(self.norm(x), self.embed_tokens.weight)

@@ -186,8 +186,8 @@ def _cache_reasons(layers: Iterable[LayerErrors], bound: float) -> tuple[str, ..
             error = getattr(outside[0], f"{what}_max")
             more = f" (and those of {len(outside) - 1} later layers)" if len(outside) > 1 else ""
             reasons.append(
-                f"the cached {what}s of layer {outside[0].layer}{more} are off by {error:.3g} of the largest, "
-                f"above {bound:.3g}"
+                f"the cached {what}s of layer {outside[0].layer}{more} are off by {error:.3g} "
+                f"of the largest, above {bound:.3g}"
             )
     return tuple(reasons)
 

@@ -25,7 +25,8 @@ anywhere, few enough that the reference can keep them (7B: 0.9 MB for each)."""
 
 def sampled_positions(length: int) -> list[int]:
     """At most `CACHE_POSITIONS` positions of a sequence, evenly spread, the first and the last among them."""
-    return np.unique(np.linspace(0, length - 1, min(length, CACHE_POSITIONS)).round().astype(int)).tolist()
+    spread = np.linspace(0, length - 1, min(length, CACHE_POSITIONS)).round()
+    return [int(position) for position in np.unique(spread)]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ class BundleRunner:
     def step(self, tokens: Sequence[int], cache: GateCache) -> npt.NDArray[np.float32]:
         """Logits of a step: [1, V] of its last token, or [T, V]."""
         begin = time.perf_counter()
-        logits = self.session.step(np.array([tokens], np.int64), cache)[0]
+        logits: npt.NDArray[np.float32] = self.session.step(np.array([tokens], np.int64), cache)[0]
         self.seconds += time.perf_counter() - begin
         self.steps += 1
         self.tokens += len(tokens)

@@ -8,13 +8,14 @@ The project's own runtime reads `tokenizer.model`. Other clients (onnxruntime-ge
   with nothing. They are added tokens here. Runs of spaces are not, because added tokens are looked for in the
   raw text, where a space is no `▁` yet: they are merges that rank before all others.
 
-Two differences remain:
+Differences remain:
 
 - Control tokens spelled out in a text (`<bos>`, `<eos>`, `<pad>`) become control tokens, because chat
   templates rely on that. SentencePiece reads them as plain characters, and so does the project's runtime.
-- onnxruntime-genai reads a text up to its first NUL character. It merges all pairs of one rank at once, so it
-  may cut a run of more spaces than the longest piece has (Gemma: 31) at other places. And it puts `<bos>`
-  before a text only when told to: `tokenizer.update_options(add_special_tokens=True)`. A chat has it.
+- onnxruntime-genai reads a text up to its first NUL character. It cuts it before each space before it merges,
+  so it never finds a piece with a space inside. It merges all pairs of one rank at once, so it may cut a run
+  of more spaces than the longest piece has (Gemma: 31) at other places. It puts `<bos>` before a text only if
+  told to, by `tokenizer.update_options(add_special_tokens=True)`; the chat template does it by itself.
 
 Sources: google/sentencepiece `src/bpe_model.cc`; Gemma report (arXiv 2403.08295) section 2 and table 4.
 """
@@ -146,12 +147,14 @@ def _parse(path: Path, data: bytes) -> tuple[SentencePieceModel, sentencepiece.S
                 f"{path} is a Git LFS pointer, not the file it points to.",
                 "Run `git lfs pull` in its folder.",
             ) from None
-        raise CheckpointError(f"{path} is damaged or is not a SentencePiece model: {error}.", _HINT) from None
+        reason = str(error).rstrip(".")
+        raise CheckpointError(
+            f"{path} is damaged or is not a SentencePiece model: {reason}.", _HINT
+        ) from None
 
 
 def _check_kind(path: Path, model: SentencePieceModel) -> None:
     """Refuses what `tokenizer.json` would say differently."""
-    byte_pieces = len(model.ids(PieceKind.BYTE))
     normal = _normal_scores(model)
     unused = (model.pieces[index].text for index in model.ids(PieceKind.UNUSED))
     reasons = {
@@ -160,7 +163,7 @@ def _check_kind(path: Path, model: SentencePieceModel) -> None:
         "it puts a space before every text": model.adds_dummy_prefix,
         "it removes spaces": model.removes_extra_whitespace,
         "it does not write spaces as ▁": not model.escapes_whitespace,
-        f"it has {byte_pieces} of the 256 byte pieces": byte_pieces != 256,
+        "it has no byte fallback": not model.ids(PieceKind.BYTE),
         # SentencePiece cuts those up again, which byte-pair merges cannot say.
         "normal pieces merge into unused ones": any(next(_splits(text, normal), None) for text in unused),
     }

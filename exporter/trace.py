@@ -1,38 +1,46 @@
 """Traces the decoder to an ONNX graph without allocating a weight.
 
-The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. What
-comes out is the RAW graph: plain operators, one node list for the whole model, initializers that are names
-and shapes only. `bind_weights` then gives each its streamed value.
+The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. One
+layer is traced and then repeated (`graphs.unroll`). What comes out is the RAW graph: plain operators, one node
+list for the whole model, initializers that are names and shapes only. `bind_weights` then gives each its
+streamed value.
 """
 
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import Decoder, rotary_tables
 from gemma_export.graphs.tensors import InMemory, RowSource, StreamedTensor, in_format
+from gemma_export.graphs.unroll import LAYER_INPUT, LAYER_OUTPUT, unroll
 
 OPSET = 24
 """The first opset with TensorScatter and with Attention over an explicit cache."""
 
 
-def input_names(num_layers: int) -> list[str]:
-    """The graph's inputs in order: the contract of `docs/design.md`."""
-    caches = [f"past_key_values.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
-    return ["input_ids", "position_ids", *caches]
+INPUTS = ["input_ids", "position_ids", "past_key_values.0.key", "past_key_values.0.value"]
+OUTPUTS = ["logits", "present.0.key", "present.0.value", LAYER_INPUT, LAYER_OUTPUT]
 
 
-def output_names(num_layers: int) -> list[str]:
-    """The graph's outputs in order."""
-    caches = [f"present.{i}.{part}" for i in range(num_layers) for part in ("key", "value")]
-    return ["logits", *caches]
+class _MarkedDecoder(Decoder):
+    """The decoder, which also returns the residual stream before and after its layers."""
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+        before = self.embed(input_ids)
+        after, presents = self.run_layers(before, position_ids, past_key_values)
+        return self.head(after), presents, before, after
 
 
 def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> ir.Model:
@@ -41,13 +49,10 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
     Initializers have canonical names and no values.
     """
     with FakeTensorMode():
-        decoder = Decoder(config, max_length, all_logits=all_logits).eval()
+        decoder = _MarkedDecoder(replace(config, num_layers=1), max_length, all_logits=all_logits).eval()
         # Sizes of 0 and 1 would be specialised away, so the example has two rows of three tokens.
         tokens = torch.zeros(2, 3, dtype=torch.int64)
-        cache = [
-            torch.zeros(2, config.num_kv_heads, max_length, config.head_dim)
-            for _ in range(2 * config.num_layers)
-        ]
+        cache = [torch.zeros(2, config.num_kv_heads, max_length, config.head_dim) for _ in range(2)]
         batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
         program = torch.export.export(
             decoder,
@@ -63,8 +68,8 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
                 optimize=False,
                 verify=False,
                 verbose=False,
-                input_names=input_names(config.num_layers),
-                output_names=output_names(config.num_layers),
+                input_names=INPUTS,
+                output_names=OUTPUTS,
             )
     if exported is None:
         raise GraphError("The decoder could not be traced.", "This is a defect: please report it.")
@@ -73,6 +78,7 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
         value.const_value = None  # A fake tensor: it has no values, and no optimizer may look for them.
     with _quiet_exporter():
         onnxscript.optimizer.optimize_ir(model)
+    unroll(model, config.num_layers)
     _name_axes(model)
     model.producer_name = "gemma-export"
     return model
@@ -120,16 +126,15 @@ def _name_axes(model: ir.Model) -> None:
         value.shape = ir.Shape(dims)
 
 
-class _quiet_exporter:  # noqa: N801  (used as a function, like contextlib's)
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
     """Silences the exporter's own progress and hints; what fails still raises."""
-
-    def __enter__(self) -> None:
-        self._levels = {
-            name: logging.getLogger(name).level for name in ("torch.onnx", "onnxscript", "onnx_ir")
-        }
-        for name in self._levels:
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, *_: object) -> None:
-        for name, level in self._levels.items():
-            logging.getLogger(name).setLevel(level)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -13,6 +13,7 @@ import torch
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
+from gemma_export.graphs.passes.fold_reshape import fold_reshape
 from gemma_export.graphs.passes.fuse_attention import fuse_attention
 from gemma_export.graphs.passes.fuse_rms_norm import fuse_rms_norm
 from gemma_export.graphs.passes.fuse_rotary import fuse_rotary
@@ -61,6 +62,7 @@ def _once(n: int) -> int:
 
 
 CANONICAL = (
+    Step(fold_reshape),
     Step(fold_norm_gain, _norms),
     Step(fuse_rms_norm, _norms),
     Step(fuse_rotary, _twice),

@@ -88,7 +88,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {files}")
     parser.add_argument("--out", type=Path, default=PACKAGE, help="folder to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=1, help="seed of all that is random (%(default)s)")
-    parser.add_argument("--steps", type=int, default=1800, help="optimiser steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (%(default)s)")
     return parser.parse_args()
 

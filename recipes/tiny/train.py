@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 import sentencepiece as spm
 import torch
@@ -157,10 +158,20 @@ def grouped_attention(
         (rows, length, query heads, head size), and None in place of the attention weights.
     """
     rows, heads, length, size = query.shape
-    future = torch.full((length, length), float("-inf"), dtype=query.dtype).triu(1).repeat(heads, 1)
-    scores = (query * scaling).reshape(rows, heads * length, size) @ key[:, 0].transpose(1, 2) + future
-    mixed = scores.softmax(-1).to(value.dtype) @ value[:, 0]
+    scores = torch.baddbmm(
+        future(heads, length, query.dtype).expand(rows, -1, -1),
+        query.reshape(rows, heads * length, size),
+        key.squeeze(1).transpose(1, 2),
+        alpha=scaling,
+    )
+    mixed = torch.bmm(scores.softmax(-1), value.squeeze(1))
     return mixed.view(rows, heads, length, size).transpose(1, 2).contiguous(), None
+
+
+@lru_cache(maxsize=4)  # Nearly all batches are of one length.
+def future(heads: int, length: int, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores of every head so that no position looks ahead: (heads * length, length)."""
+    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(heads, 1)
 
 
 AttentionInterface.register("grouped", grouped_attention)

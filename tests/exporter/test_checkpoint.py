@@ -399,7 +399,7 @@ def test_damaged_safetensors_are_refused(content: bytes, said: str, tmp_path: Pa
     assert str(path) in error.message
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 @pytest.mark.parametrize("form", ["safetensors", "ckpt"])
 def test_a_file_cut_anywhere_or_with_a_wrong_byte_is_never_a_traceback(
@@ -610,16 +610,16 @@ def test_a_plain_pickle_is_not_loaded(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def wide() -> GemmaConfig:
     """Wide enough that a tensor has several blocks, one of them not full."""
-    return GemmaConfig("wide", 3000, 256, 1, 4, 1, 32, 1100, 64)
+    return GemmaConfig("wide", 500, 256, 1, 4, 1, 32, 1100, 64)
 
 
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_random_values_do_not_depend_on_the_split(data: st.DataObject, wide: GemmaConfig) -> None:
-    tensor = RandomCheckpoint(wide, seed=3)["model.embed_tokens.weight"]
-    cuts = sorted(data.draw(st.lists(st.integers(0, 3000), max_size=4)))
-    parts = [tensor.read(start, stop) for start, stop in zip([0, *cuts], [*cuts, 3000], strict=True)]
-    assert torch.equal(torch.cat(parts), tensor.read(0, 3000))
+    tensor = RandomCheckpoint(wide, seed=3)["model.layers.0.mlp.up_proj.weight"]
+    cuts = sorted(data.draw(st.lists(st.integers(0, 1100), max_size=4)))
+    parts = [tensor.read(start, stop) for start, stop in zip([0, *cuts], [*cuts, 1100], strict=True)]
+    assert torch.equal(torch.cat(parts), tensor.read(0, 1100))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
