@@ -153,6 +153,7 @@ def test_budgets_widen_with_the_precision() -> None:
 def test_figures_are_json() -> None:
     figures = measure(REFERENCE, BUNDLE)
     assert json.loads(json.dumps(figures.to_json()))["tokens"] == 50
+    assert json.loads(json.dumps(ParityAccumulator().figures().to_json(), allow_nan=False))["mean_kl"] is None
 
 
 @pytest.mark.parametrize(
