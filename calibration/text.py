@@ -47,7 +47,7 @@ def read_texts(path: Path | str) -> tuple[Passage, ...]:
             f"{path} cannot be read: {error.strerror or error}.", "Give a plain text file that you may read."
         ) from None
     unified = text.replace("\r\n", "\n").replace("\r", "\n")
-    pieces = [piece.strip("\n") for piece in re.split(r"\n[^\S\n]*\n", unified)]
+    pieces = [piece.strip("\n") for piece in re.split(r"\n(?:[^\S\n]*\n)+", unified)]
     passages = [piece for piece in pieces if piece.strip()]
     if not passages:
         raise PromptError(f"{path} has no text.", "Give a file with at least a few sentences.")

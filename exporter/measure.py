@@ -18,8 +18,9 @@ from gemma_export.exporter.reference import Reference
 from gemma_export.exporter.reference_transformers import TransformersReference
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, open_source, random_source
+from gemma_export.exporter.twin import measurable_session
 from gemma_export.runtime.bundle import Manifest, open_bundle
-from gemma_export.runtime.session import Session, load
+from gemma_export.runtime.session import Session
 from gemma_export.runtime.tokenizer import Tokenizer
 
 AUDIT_TOKENS = 256
@@ -79,9 +80,9 @@ def measure_parity(
     folder: Path, source: Source, *, level: Level, listener: events.Listener
 ) -> ParityReport:
     """Holds a bundle against the source it was built from, on the project's own texts."""
-    session = load(folder, verify="sizes")
     reference = Reference(source.config, source.weights)
-    return _measure(session, reference, builtin_texts(), level, session.manifest.model.name, listener)
+    with measurable_session(folder) as session:
+        return _measure(session, reference, builtin_texts(), level, source.config.name, listener)
 
 
 def measure_bundle(
@@ -114,10 +115,9 @@ def measure_bundle(
         _check_same_shape(opened.manifest, source)
         if source.checkpoint.digest() != opened.manifest.checkpoint.digest:
             listener(events.Note("This is not the checkpoint that the bundle was built from."))
-    with events.stage(listener, "load"):
-        session = load(opened.path, verify="sizes")
-        against = _reference(reference, source)
-    return _measure(session, against, passages, level, str(bundle), listener)
+    against = _reference(reference, source)
+    with measurable_session(opened.path) as session:
+        return _measure(session, against, passages, level, str(bundle), listener)
 
 
 def _measure(
@@ -140,7 +140,7 @@ def _measure(
             stop=manifest.tokens.stop,
             names=[passage.name for passage in passages],
             decode=session.tokenizer.decode,
-            subject=f"{subject}, {manifest.precision} for {manifest.target}",
+            subject=f"{subject}, {manifest.precision} for {manifest.target}{_how(manifest)}",
             on_event=listener,
         )
         facts |= {
@@ -150,6 +150,12 @@ def _measure(
             "same first choice": f"{report.figures.top1_agreement:.2%}",
         }
     return report
+
+
+def _how(manifest: Manifest) -> str:
+    if manifest.compute_dtype == "float32":
+        return ""
+    return f", each {manifest.compute_dtype} value rounded on a CPU as a device rounds it"
 
 
 def _reference(kind: Literal["eager", "transformers"], source: Source) -> GateReference:

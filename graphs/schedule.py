@@ -113,6 +113,7 @@ def lower(
         spec.CPU.check(model)
     elif compute != torch.float32:
         report["half_precision"] = half_precision(model, compute, keep)
+        remove_dead_code(model)
         spec.HALF.check(model)
     return report
 

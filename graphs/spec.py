@@ -72,6 +72,12 @@ def every_initializer_has_a_value(model: ir.Model) -> str | None:
     return f"{missing[:3]} have none" if missing else None
 
 
+def every_value_has_a_type(model: ir.Model) -> str | None:
+    """Passes that choose number formats look at types; a value without one would be passed over."""
+    untyped = [value.name for node in model.graph for value in node.outputs if value.dtype is None]
+    return f"{untyped[:3]} have none" if untyped else None
+
+
 def no_initializer_is_unused(model: ir.Model) -> str | None:
     """An unused weight is a weight that some pass forgot."""
     unused = [value.name for value in model.graph.initializers.values() if not value.uses()]
@@ -167,6 +173,7 @@ CANONICAL = Spec(
     (
         inputs_and_outputs_follow_the_contract,
         only_standard_operators,
+        every_value_has_a_type,
         every_initializer_has_a_value,
         no_initializer_is_unused,
         caches_are_written_straight,
@@ -180,6 +187,7 @@ HALF = Spec(
     (
         inputs_and_outputs_follow_the_contract,
         only_standard_operators,
+        every_value_has_a_type,
         every_initializer_has_a_value,
         no_initializer_is_unused,
         caches_are_written_straight,

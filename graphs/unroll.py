@@ -91,13 +91,15 @@ def _copy(graph: ir.Graph, node: ir.Node, copies: dict[ir.Value, ir.Value], i: i
     )
     for old, new in zip(node.outputs, copy.outputs, strict=True):
         new.name = _renamed(str(old.name), i)
-        new.shape, new.type, new.const_value = old.shape, old.type, old.const_value
+        # Assigned by dtype: a type is an object, and layers that shared one would change format together.
+        new.shape, new.dtype, new.const_value = old.shape, old.dtype, old.const_value
         copies[old] = new
     graph.append(copy)
 
 
 def _like(value: ir.Value, i: int) -> ir.Value:
-    return ir.Value(name=_renamed(str(value.name), i), shape=value.shape, type=value.type)
+    assert value.dtype is not None
+    return ir.Value(name=_renamed(str(value.name), i), shape=value.shape, type=ir.TensorType(value.dtype))
 
 
 def _renamed(name: str, i: int) -> str:

@@ -7,12 +7,11 @@ from gemma_export.errors import PromptError
 from gemma_export.runtime.backend import Backend
 from gemma_export.runtime.generate import (
     Generation,
-    GenerationKeywords,
-    GenerationOptions,
     Row,
     run_rows,
 )
 from gemma_export.runtime.kv_cache import check_room
+from gemma_export.runtime.options import GenerationKeywords, GenerationOptions
 from gemma_export.runtime.tokenizer import Tokenizer
 
 START_OF_TURN = "<start_of_turn>"

@@ -6,15 +6,15 @@ row of the cache and decodes at its own position, so it gets what it would get a
 
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
-from gemma_export.errors import UsageError
 from gemma_export.runtime.backend import Backend, Logits
 from gemma_export.runtime.kv_cache import KVCache
-from gemma_export.runtime.sampling import Sampler, SamplingOptions
+from gemma_export.runtime.options import GenerationOptions
+from gemma_export.runtime.sampling import Sampler
 from gemma_export.runtime.text_stream import TextStream
 from gemma_export.runtime.tokenizer import Tokenizer
 
@@ -24,62 +24,6 @@ by an exception such as Ctrl-C."""
 
 Steps = Generator[None, None, None]
 """Each `next` generates one more token."""
-
-
-@dataclass(frozen=True)
-class GenerationOptions(SamplingOptions):
-    """How to generate; greedy by default. Adds to `SamplingOptions`:
-
-    Attributes:
-        max_new_tokens: The most tokens to generate.
-        stop: Strings that end the text; they are not part of it.
-        stop_tokens: Ids that end the text and are not part of it; None takes the bundle's, () none.
-        prefill_chunk: The most tokens of a prompt that are run at once: more is faster and needs more
-            memory for activations.
-
-    Raises:
-        UsageError: A value is out of range; the message names it.
-    """  # noqa: D415
-
-    max_new_tokens: int = 256
-    stop: Sequence[str] = ()
-    stop_tokens: Sequence[int] | None = None
-    prefill_chunk: int = 256
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens is {self.max_new_tokens}.", "Use at least 1.")
-        if self.prefill_chunk < 1:
-            raise UsageError(f"prefill_chunk is {self.prefill_chunk}.", "Use at least 1.")
-        if isinstance(self.stop, str) or "" in self.stop:
-            raise UsageError(f"stop is {self.stop!r}.", 'Give a list of strings that are not empty: ["###"].')
-
-    @classmethod
-    def of(cls, keywords: "GenerationKeywords", stop_tokens: Sequence[int]) -> "GenerationOptions":
-        """The options of keyword arguments, with `stop_tokens` where they name none.
-
-        Raises:
-            UsageError: A value is out of range; the message names it.
-            TypeError: There is no such option.
-        """
-        options = cls(**keywords)
-        chosen = options.stop_tokens if options.stop_tokens is not None else stop_tokens
-        return replace(options, stop=tuple(options.stop), stop_tokens=tuple(chosen))
-
-
-class GenerationKeywords(TypedDict, total=False):
-    """The fields of `GenerationOptions` as keyword arguments."""
-
-    temperature: float
-    top_k: int
-    top_p: float
-    repetition_penalty: float
-    seed: int | None
-    max_new_tokens: int
-    stop: Sequence[str]
-    stop_tokens: Sequence[int] | None
-    prefill_chunk: int
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ class _Binding:
             self._session.run_with_iobinding(self._binding)
         except Exception as error:
             raise GemmaExportError(
-                f"onnxruntime could not run {input_ids.size} tokens: {_first_line(error)}",
+                f"onnxruntime could not run tokens {list(input_ids.shape)}: {_first_line(error)}",
                 "If memory ran out, use a shorter prompt, a smaller prefill chunk or a smaller batch.",
             ) from error
         return self._logits

@@ -272,7 +272,7 @@ def _check_shapes(reference: Logits, bundle: Logits, targets: Ids, positions: Id
 
 
 def _softmax(logits: Doubles) -> tuple[Doubles, Doubles]:
-    """log of the sum of exp(logits) [n], and the probabilities [n, V]."""
+    """Logarithm of the sum of exp(logits) [n], and the probabilities [n, V]."""
     largest = logits.max(axis=1, keepdims=True)
     weights = logits - largest
     np.exp(weights, out=weights)

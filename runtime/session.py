@@ -21,13 +21,12 @@ from gemma_export.runtime.chat import Conversation
 from gemma_export.runtime.generate import (
     Completion,
     Generation,
-    GenerationKeywords,
-    GenerationOptions,
     Row,
     run_rows,
 )
 from gemma_export.runtime.kv_cache import KVCache, check_room
 from gemma_export.runtime.manifest import Manifest
+from gemma_export.runtime.options import GenerationKeywords, GenerationOptions
 from gemma_export.runtime.tokenizer import BOS_PIECE, Tokenizer
 
 _LOGITS_CHUNK = 256  # tokens per run: [256, V] of float32 is 262 MB at V = 256,000

@@ -6,9 +6,10 @@ Each operator gets one format; values that cross between two are cast, once each
   embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
 - whatever `keep` names: the range audit's findings.
 
-Weights of an operator in an island are still stored in 16 bits and cast where they are used; gains and
-rotary tables feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's
-minimum would turn into -inf.
+An operator that only moves numbers has the format of what it moves. Weights of an operator in an island are
+still stored in 16 bits and cast where they are used, unless they themselves are named; gains and rotary tables
+feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's minimum would turn
+into -inf.
 """
 
 from collections.abc import Collection
@@ -17,10 +18,13 @@ import onnx_ir as ir
 import torch
 
 from gemma_export.graphs.passes.store_half import is_weight_matrix
-from gemma_export.graphs.tensors import IR_DTYPES, StreamedTensor, in_format, streamed
+from gemma_export.graphs.tensors import IR_DTYPES, TORCH_DTYPES, StreamedTensor, in_format, streamed
 
 ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add"})
 """Operators that are islands. Every Add of the canonical graph is one of the residual stream."""
+
+MOVES = frozenset({"Gather", "Reshape", "Transpose", "Split", "Slice"})
+"""Operators that compute nothing."""
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -31,10 +35,11 @@ def half_precision(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = 
     Args:
         model: The canonical graph, in fp32.
         dtype: float16 or bfloat16.
-        keep: Names of values (as `name_values` gives them) whose operators stay in fp32.
+        keep: Names of values (as `name_values` gives them) whose operators stay in fp32, and of initializers
+            that also are stored so.
     """
     graph, half = model.graph, IR_DTYPES[dtype]
-    _store_weights(graph, dtype)
+    _store_weights(graph, dtype, keep)
     for cache in (*graph.inputs[2:], *graph.outputs[1:]):
         cache.dtype = half
     formats = _Formats(graph)
@@ -42,11 +47,13 @@ def half_precision(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = 
     for node in list(graph):
         if node.op_type == "Constant" or not _is_float(node.outputs[0]):
             continue
-        island = _is_island(node, keep)
-        target = ir.DataType.FLOAT if island else half
-        if node.op_type == "Gather":
-            target = formats.of(node.inputs[0])  # A lookup moves numbers; it computes nothing.
-        count += target == half
+        if node.op_type in MOVES:
+            assert node.inputs[0] is not None
+            target = node.inputs[0].dtype
+        else:
+            target = ir.DataType.FLOAT if _is_island(node, keep) else half
+            count += target == half
+        assert target is not None
         for index, operand in enumerate(node.inputs):
             if operand is not None and _is_float(operand):
                 node.replace_input_with(index, formats.cast(operand, target, before=node))
@@ -65,12 +72,6 @@ class _Formats:
         self._graph = graph
         self._casts: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
 
-    @staticmethod
-    def of(value: ir.Value | None) -> ir.DataType:
-        assert value is not None
-        assert value.dtype is not None
-        return value.dtype
-
     def cast(self, value: ir.Value, dtype: ir.DataType, *, before: ir.Node) -> ir.Value:
         if value.dtype == dtype:
             return value
@@ -84,10 +85,10 @@ class _Formats:
         """A constant in the other format, kept within that format's finite range."""
         if not value.is_initializer() or value.const_value is None or streamed(value) is not None:
             return None
-        limits = torch.finfo(_TORCH[dtype])
+        limits = torch.finfo(TORCH_DTYPES[dtype])
         numbers = torch.from_numpy(value.const_value.numpy().copy()).clamp(limits.min, limits.max)
         name = f"{value.name}.{dtype.name.lower()}"
-        tensor = ir.tensor(numbers.to(_TORCH[dtype]), name=name)
+        tensor = ir.tensor(numbers.to(TORCH_DTYPES[dtype]), name=name)
         constant = ir.Value(name=name, shape=value.shape, type=ir.TensorType(dtype), const_value=tensor)
         self._graph.register_initializer(constant)
         return constant
@@ -100,13 +101,10 @@ class _Formats:
         return output
 
 
-_TORCH = {ir_dtype: dtype for dtype, ir_dtype in IR_DTYPES.items()}
-
-
-def _store_weights(graph: ir.Graph, dtype: torch.dtype) -> None:
+def _store_weights(graph: ir.Graph, dtype: torch.dtype, keep: Collection[str]) -> None:
     for value in graph.initializers.values():
         tensor = streamed(value)
-        if tensor is not None and is_weight_matrix(value):
+        if tensor is not None and is_weight_matrix(value) and value.name not in keep:
             value.const_value = StreamedTensor(in_format(tensor.source, dtype), name=value.name)
             value.dtype = IR_DTYPES[dtype]
 
@@ -116,19 +114,24 @@ def _is_float(value: ir.Value) -> bool:
 
 
 def _is_island(node: ir.Node, keep: Collection[str]) -> bool:
-    scales_embedding = node.op_type == "Mul" and _reads_lookup(node)
-    return node.op_type in ALWAYS_FP32 or scales_embedding or any(out.name in keep for out in node.outputs)
+    if node.op_type in ALWAYS_FP32 or any(output.name in keep for output in node.outputs):
+        return True
+    read = [_moved_from(operand) for operand in node.inputs if operand is not None]
+    scales_embedding = node.op_type == "Mul" and any(_is_looked_up(value) for value in read)
+    return scales_embedding or any(value.name in keep for value in read if value.is_initializer())
 
 
-def _reads_lookup(node: ir.Node) -> bool:
-    """Whether an operand comes from the embedding lookup, directly or through a cast."""
-    for operand in node.inputs:
-        producer = None if operand is None else operand.producer()
-        if producer is not None and producer.op_type == "Cast":
-            producer = producer.inputs[0].producer() if producer.inputs[0] is not None else None
-        if producer is not None and producer.op_type == "Gather":
-            return True
-    return False
+def _moved_from(value: ir.Value) -> ir.Value:
+    """The value before casts and transposes."""
+    producer = value.producer()
+    if producer is not None and producer.op_type in ("Cast", "Transpose") and producer.inputs[0] is not None:
+        return _moved_from(producer.inputs[0])
+    return value
+
+
+def _is_looked_up(value: ir.Value) -> bool:
+    producer = value.producer()
+    return producer is not None and producer.op_type == "Gather"
 
 
 def _cast_output(graph: ir.Graph, value: ir.Value) -> None:

@@ -84,6 +84,7 @@ def insert_product(linears: Sequence[Linear], merged: ir.Value) -> ir.Value:
     name = str(merged.name).removesuffix(".weight")
     transpose.outputs[0].name, product.outputs[0].name = f"{name}.weight_t", name
     product.outputs[0].shape = ir.Shape([*first.outputs[0].shape[:-1], merged.shape[0]])
+    transpose.outputs[0].dtype = merged.dtype
     product.outputs[0].dtype = first.outputs[0].dtype
     return product.outputs[0]
 
@@ -138,6 +139,7 @@ def _split_heads(
     )
     anchor = product.producer()
     assert anchor is not None
+    reshape.outputs[0].dtype = transpose.outputs[0].dtype = product.dtype
     graph.insert_after(anchor, [shape, sizes, reshape, transpose, split])
     for (old, _), new in zip(outputs, split.outputs, strict=True):
         new.name, new.shape, new.dtype = old.outputs[0].name, old.outputs[0].shape, old.outputs[0].dtype

@@ -44,7 +44,9 @@ def _check(
 
 
 def _replace(op: Any, cache: ir.Value, positions: ir.Value, new: ir.Value, **_: Any) -> Any:
-    first = op.Gather(positions, op.Constant(value=ir.tensor(0)), axis=1)  # [B]
+    zero = op.Constant(value=ir.tensor(0))
+    first = op.Gather(positions, zero, axis=1)  # [B]
+    zero.dtype = first.dtype = ir.DataType.INT64
     return op.TensorScatter(cache, new, first, axis=-2, mode="linear")
 
 

@@ -182,7 +182,6 @@ def valid_length_off_by_one(session, monkeypatch):
 
 def sees_an_empty_slot(session, monkeypatch):
     original = decoder_module.causal_mask
-    monkeypatch.setattr(session, "sees", 1, raising=False)
     step = session.step
 
     def with_wrong_mask(tokens, cache):
@@ -303,14 +302,7 @@ def test_another_most_likely_token_fails(monkeypatch):
 
 def test_the_first_divergence_is_found_and_shown(monkeypatch):
     session = FakeSession()
-    drafts = [9, 1, 60]  # texts 5 and 6, and the first again: their prompts have 10, 2 and 24 tokens
-
-    def third_token_of_the_first_draft(cache):
-        # One prompt of ten tokens, then one by one.
-        return session.calls[:1] == [10] and len(session.calls) == 3
-
-    assert len(drafts) == 3
-    swap_first_two(session, monkeypatch, third_token_of_the_first_draft)
+    swap_first_two(session, monkeypatch, lambda cache: len(session.calls) == 3)
     letters = "".join(chr(0x100 + i) for i in range(300))
     report = check(session, decode=lambda tokens: "".join(letters[token] for token in tokens))
     assert [c.divergence is None for c in report.continuations] == [False, True, True]
@@ -330,24 +322,27 @@ def test_the_first_divergence_is_found_and_shown(monkeypatch):
 
 
 def test_a_near_tie_is_no_reason(monkeypatch):
-    """A draft that takes the other of two almost equal tokens is in order."""
+    """Taking the other of two almost equal tokens is rounding in bf16, and a defect in fp32."""
     session = FakeSession()
     step = session.step
 
-    def nudged(tokens, cache):
+    def rounded(tokens, cache):
         logits = step(tokens, cache).copy()
-        if len(session.calls) == 2:
-            first, second = logits[0, -1].argsort()[:-3:-1]
-            logits[0, -1, second] = logits[0, -1, first] + 1e-6
-            session.gap = True
+        second, first = np.sort(logits[0, -1])[-2:]
+        if first - second < 0.2:
+            logits[0, -1][logits[0, -1] == first] = second - 1e-3
         return logits
 
-    monkeypatch.setattr(session, "step", nudged)
+    monkeypatch.setattr(session, "step", rounded)
     report = check(session, precision="bf16")
-    (found,) = report.divergences()
-    gap_allowed = 2 * BUDGETS["bf16"].max_relative_error * 10
-    assert found.near_tie == (found.margin <= gap_allowed) or found.near_tie
-    assert not [reason for reason in report.reasons if "near tie" in reason]
+    assert report.verdict == "pass"
+    assert report.divergences()
+    for found in report.divergences():
+        assert found.near_tie
+        assert found.margin < 0.2
+    report = check(session, precision="fp32")
+    assert not any(found.near_tie for found in report.divergences())
+    assert any("which is no near tie" in reason for reason in report.reasons)
 
 
 def test_a_continuation_ends_at_a_stop_token():

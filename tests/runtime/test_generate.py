@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from gemma_export.errors import ContextFullError, GemmaExportError, PromptError, UsageError
-from gemma_export.runtime.generate import GenerationKeywords, GenerationOptions
+from gemma_export.runtime.options import GenerationKeywords, GenerationOptions
 from gemma_export.runtime.session import Session
 
 PROMPT = [2, 651, 9, 300, 1200]

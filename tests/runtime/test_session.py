@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.small_bundle import Shape, contract, manifest, write_bundle, write_manifest
 
-from gemma_export.errors import BundleError, ContextFullError, PromptError, UsageError
+from gemma_export.errors import BundleError, ContextFullError, GemmaExportError, PromptError, UsageError
 from gemma_export.runtime.session import Session, load
 
 TOKENS = [2, 651, 9, 300, 1200, 77, 1999, 5, 41, 41, 8]
@@ -39,6 +39,29 @@ str(session.generate("Once", max_new_tokens=4))
         [sys.executable, "-c", code, str(small_bundle)], capture_output=True, text=True, check=True
     )
     assert done.stdout == done.stderr == ""
+
+
+def test_onnxruntime_is_asked_for_by_name(small_bundle: Path) -> None:
+    code = """
+import sys
+sys.modules["onnxruntime"] = None  # as if it were not installed
+import gemma_export
+from gemma_export.errors import MissingDependencyError
+try:
+    gemma_export.load(sys.argv[1])
+except MissingDependencyError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(small_bundle)], capture_output=True, text=True, check=True
+    )
+    assert "pip install 'gemma-export[cpu]'" in done.stdout
+
+
+def test_an_error_of_onnxruntime_is_one_of_ours(session: Session) -> None:
+    beyond = np.array([[session.max_length]])
+    with pytest.raises(GemmaExportError, match=r"onnxruntime could not run tokens \[1, 1\]"):
+        session._backend.run(np.array([[5]]), beyond, session.new_cache())
 
 
 def test_cached_steps_equal_the_full_pass(session: Session) -> None:

@@ -1,0 +1,93 @@
+"""A graph that computes in 16 bits becomes one that computes in fp32 and rounds where the first would.
+
+    y₁₆ = op(x₁₆)   →   y = Cast(Cast(op(x), 16 bits), fp32)
+
+A CPU has no 16-bit products, and onnxruntime's way around it (casts that it then removes) shows less error than
+a device makes; bfloat16 it does not run at all. This twin runs everywhere and has a device's rounding: operands
+and results of every operator in 16 bits, sums inside it in fp32, as tensor cores do. It is what parity is
+measured on where the bundle's own graph needs a GPU.
+
+Operators that only move numbers need no rounding, and caches stay between the operator and the graph's edge.
+"""
+
+import onnx_ir as ir
+
+from gemma_export.graphs.passes.half_precision import MOVES
+
+HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+EXACT = MOVES | {"TensorScatter"}
+
+
+def emulate_half(model: ir.Model) -> int:
+    """Rewrites a graph that computes in 16 bits; returns how many values are rounded."""
+    graph = model.graph
+    for value in (*graph.inputs, *graph.outputs):
+        if value.dtype in HALVES:
+            value.dtype = ir.DataType.FLOAT
+    first = graph[0]
+    for value in list(graph.initializers.values()):
+        if value.dtype in HALVES:
+            _widen(graph, value, first)
+    count = 0
+    for node in list(graph):
+        if node.op_type == "Cast":
+            count += _rounds(graph, node)
+            continue
+        half = [output for output in node.outputs if output.dtype in HALVES]
+        for output in half:
+            dtype = output.dtype
+            output.dtype = ir.DataType.FLOAT
+            if node.op_type not in EXACT and not output.is_graph_output():
+                _round(graph, output, dtype, node)
+                count += 1
+    return count
+
+
+def _widen(graph: ir.Graph, weight: ir.Value, first: ir.Node) -> None:
+    """Casts a stored weight or constant to fp32 for all that read it."""
+    users = [(use.node, use.idx) for use in weight.uses()]
+    cast = ir.node("Cast", [weight], attributes={"to": ir.DataType.FLOAT})
+    output = cast.outputs[0]
+    output.name, output.shape, output.dtype = f"{weight.name}.wide", weight.shape, ir.DataType.FLOAT
+    cast.name = f"{weight.name}.wide"
+    cast.metadata_props["exact"] = "1"
+    graph.insert_before(first, cast)
+    for node, index in users:
+        node.replace_input_with(index, output)
+
+
+def _rounds(graph: ir.Graph, cast: ir.Node) -> int:
+    """A cast to 16 bits becomes a rounding; one from 16 bits has nothing left to do. Returns roundings."""
+    operand, output = cast.inputs[0], cast.outputs[0]
+    if cast.metadata_props.get("exact") or operand is None:
+        return 0
+    if output.dtype not in HALVES:
+        if output.dtype == ir.DataType.FLOAT and not output.is_graph_output():
+            output.replace_all_uses_with(operand)
+            graph.remove(cast, safe=True)
+        return 0
+    _append_widening(graph, output, cast)
+    return 1
+
+
+def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType | None, after: ir.Node) -> None:
+    """Rounds a value for all that read it."""
+    users = [(use.node, use.idx) for use in value.uses()]
+    narrow = ir.node("Cast", [value], attributes={"to": dtype})
+    narrow.outputs[0].name, narrow.outputs[0].shape = f"{value.name}.narrow", value.shape
+    narrow.outputs[0].dtype = dtype
+    graph.insert_after(after, narrow)
+    for node, index in users:
+        node.replace_input_with(index, narrow.outputs[0])
+    _append_widening(graph, narrow.outputs[0], narrow)
+
+
+def _append_widening(graph: ir.Graph, narrow: ir.Value, after: ir.Node) -> None:
+    users = [(use.node, use.idx) for use in narrow.uses()]
+    widen = ir.node("Cast", [narrow], attributes={"to": ir.DataType.FLOAT})
+    widen.metadata_props["exact"] = "1"
+    output = widen.outputs[0]
+    output.name, output.shape, output.dtype = f"{narrow.name}.rounded", narrow.shape, ir.DataType.FLOAT
+    graph.insert_after(after, widen)
+    for node, index in users:
+        node.replace_input_with(index, output)
