@@ -5,12 +5,11 @@ build that dies, by an error, Ctrl-C or kill -9, leaves nothing under the bundle
 clears what it left.
 """
 
-import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gemma_export.errors import BundleError, StorageError, UsageError
@@ -38,21 +37,19 @@ def new_bundle(output: Path, *, force: bool) -> Iterator[Path]:
         StorageError: The disk refuses.
     """
     output = Path(os.path.abspath(output))
-    check_replaceable(output, force=force)
-    with disk_errors(output.parent):
-        output.parent.mkdir(parents=True, exist_ok=True)
     partial = output.with_name(f".{output.name}.partial")
-    with _locked(output):
-        with disk_errors(output.parent):
-            _remove(partial)
+    with disk_errors(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(output):
+            _clear_leftovers(output, partial)
+            check_replaceable(output, force=force)
             partial.mkdir()
-        try:
-            yield partial
-            check_replaceable(output, force=force)  # Someone may have put something there meanwhile.
-            with disk_errors(output.parent):
+            try:
+                yield partial
+                check_replaceable(output, force=force)  # Someone may have put something there meanwhile.
                 _put_in_place(partial, output)
-        finally:
-            _remove(partial)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_replaceable(output: Path, *, force: bool) -> None:
@@ -60,11 +57,13 @@ def check_replaceable(output: Path, *, force: bool) -> None:
 
     Raises:
         UsageError: The output is a file, a folder that is not a bundle, or a bundle without `force`.
+        StorageError: What is there cannot be looked at.
     """
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise UsageError(f"{output} exists and is not a folder.", "Choose another name with -o.")
-    if not output.exists() or not any(output.iterdir()):
-        return
+    with disk_errors(output):
+        if output.is_symlink() or (output.exists() and not output.is_dir()):
+            raise UsageError(f"{output} exists and is not a folder.", "Choose another name with -o.")
+        if not output.exists() or not any(output.iterdir()):
+            return
     if not is_bundle(output):
         raise UsageError(
             f"{output} exists and is not a bundle, so it will not be touched.", "Choose another name with -o."
@@ -93,60 +92,73 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed + MARGIN_BYTES:
         raise StorageError(
-            f"The bundle needs {needed / 1e9:.2f} GB and the disk with {folder.parent} has {free / 1e9:.2f} GB "
-            "free.",
+            f"The bundle needs {needed / 1e9:.2f} GB and the disk with {folder.parent} has "
+            f"{free / 1e9:.2f} GB free.",
             "Free some space, choose another disk with -o, or a smaller --precision.",
         )
 
 
 def describe_files(folder: Path, known: dict[str, FileEntry]) -> dict[str, FileEntry]:
     """Size and hash of every file of a bundle but the manifest; `known` are not read again."""
-    with disk_errors(folder):
-        paths = sorted(path for path in folder.rglob("*") if path.is_file())
-        names = [path.relative_to(folder).as_posix() for path in paths]
-        return {
-            name: known.get(name) or FileEntry(path.stat().st_size, hash_file(path))
-            for name, path in zip(names, paths, strict=True)
-            if name != MANIFEST_NAME
-        }
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in paths]
+    return {
+        name: known.get(name) or FileEntry(path.stat().st_size, hash_file(path))
+        for name, path in zip(names, paths, strict=True)
+        if name != MANIFEST_NAME
+    }
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Writes the manifest, whole or not at all."""
-    with disk_errors(folder):
-        draft = folder / f"{MANIFEST_NAME}.new"
-        draft.write_text(manifest.to_json(), encoding="utf-8")
-        draft.replace(folder / MANIFEST_NAME)
+    draft = folder / f"{MANIFEST_NAME}.new"
+    # A checkpoint's path may hold bytes that are not UTF-8; their escapes are valid JSON.
+    draft.write_text(manifest.to_json(), encoding="utf-8", errors="backslashreplace")
+    draft.replace(folder / MANIFEST_NAME)
 
 
 def _put_in_place(partial: Path, output: Path) -> None:
     """Renames a finished folder to its final name, over an older bundle or an empty folder."""
     if not (partial / MANIFEST_NAME).is_file():
         raise BundleError("The build ended without a manifest.", "This is a defect: please report it.")
-    if not output.exists():
+    if not is_bundle(output):  # It is not there, or empty.
         partial.rename(output)
         return
-    # A folder cannot be renamed over one that is not empty: the old one steps aside first. Only between
-    # the two renames is neither there, and then the new one is complete under its hidden name.
-    aside = output.with_name(f".{output.name}.old")
-    _remove(aside)
+    # A folder cannot be renamed over one that is not empty: the old one steps aside first. A build that is
+    # killed between the two renames leaves the old one there, and the next build puts it back.
+    aside = _aside(output)
     output.rename(aside)
-    partial.rename(output)
-    _remove(aside)
+    try:
+        partial.rename(output)
+    finally:
+        if not output.exists():
+            aside.rename(output)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _aside(output: Path) -> Path:
+    return output.with_name(f".{output.name}.old")
+
+
+def _clear_leftovers(output: Path, partial: Path) -> None:
+    """Clears what a build that was killed left, and puts back a bundle that it was just replacing."""
+    aside = _aside(output)
+    if aside.exists() and not output.exists():
+        aside.rename(output)
+    for leftover in (aside, partial):
+        if leftover.exists():
+            shutil.rmtree(leftover)
 
 
 @contextmanager
 def _locked(output: Path) -> Iterator[None]:
     """Holds the lock of an output folder; the system lets go of it even when the process is killed."""
     path = output.with_name(f".{output.name}.lock")
-    with disk_errors(output.parent):
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                raise
+        except BlockingIOError:
             raise UsageError(
                 f"Another build is writing {output}.", "Wait for it, or choose another name with -o."
             ) from None
@@ -155,7 +167,8 @@ def _locked(output: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
 
@@ -165,8 +178,3 @@ def _still_there(path: Path, descriptor: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        shutil.rmtree(folder)

@@ -1,28 +1,41 @@
 """The command `gemma-export`: what is typed becomes a request, events become a screen, errors an exit code.
 
-Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 130 interrupted.
+Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 128 + n ended by the signal n (130: Ctrl-C).
 """
 
+import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from gemma_export.errors import GemmaExportError, MissingDependencyError, PromptError, UsageError
+from gemma_export.errors import (
+    GemmaExportError,
+    MissingDependencyError,
+    PromptError,
+    StorageError,
+    UsageError,
+)
 from gemma_export.exporter import events
-from gemma_export.exporter.screen import JsonLines, Screen, bundle_table
+from gemma_export.exporter.screen import JsonLines, Screen, bundle_table, parity_table
+from gemma_export.runtime.bundle import Manifest
 from gemma_export.version import __version__
 
 DEBUG = "GEMMA_EXPORT_DEBUG"
 """Set to 1, this environment variable shows the traceback of a defect."""
+
+_INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
 
 # The packages of each extra, by the name they are imported under.
 _EXTRAS = {
@@ -109,7 +122,9 @@ def build(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the bundle.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
     as_json: JsonOption = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing unless it fails.")] = False,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="Say nothing; with --json, the result.")
+    ] = False,
 ) -> None:
     """Export a checkpoint to a bundle, and check that it says what the checkpoint says."""
     from gemma_export.exporter.request import BuildRequest
@@ -134,9 +149,13 @@ def build(
 
         result = run(request, listener)
     if as_json:
-        summary = asdict(result.manifest)
         JsonLines(out).write(
-            {"event": "result", "bundle": str(result.path), "seconds": result.seconds, "manifest": summary}
+            {
+                "event": "result",
+                "bundle": str(result.path),
+                "seconds": result.seconds,
+                "manifest": _as_json(result.manifest),
+            }
         )
     elif not quiet:
         out.print()
@@ -257,6 +276,7 @@ def parity(
     with _listening(as_json=as_json, quiet=False) as listener:
         from gemma_export.exporter.measure import measure_bundle
         from gemma_export.exporter.report import write_report
+        from gemma_export.graphs.storage import disk_errors
 
         report = measure_bundle(
             bundle,
@@ -267,14 +287,13 @@ def parity(
             listener=listener,
         )
     if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        write_report(report, output)
+        with disk_errors(output):
+            output.mkdir(parents=True, exist_ok=True)
+            write_report(report, output)
     if as_json:
         JsonLines(out).write({"event": "result", **report.to_json()})
     else:
-        from gemma_export.exporter.report import report_table
-
-        out.print(report_table(report))
+        out.print(parity_table(report))
         if output is not None:
             out.print(f"\nopen {_shell(output / 'parity.html')}", highlight=False, markup=False)
     if report.verdict != "pass":
@@ -288,7 +307,7 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 
     opened = open_bundle(bundle, check="sizes")
     if as_json:
-        JsonLines(out).write(asdict(opened.manifest))
+        JsonLines(out).write(_as_json(opened.manifest))
         return
     out.print(bundle_table(opened.manifest))
     out.print("\n[dim]passes[/]", highlight=False)
@@ -327,34 +346,54 @@ def root(
 
 def main() -> None:
     """Runs the command line; the only place that turns an error into an exit code."""
+    _prepare_process()
     try:
-        app(standalone_mode=True)
+        app()
+    except SystemExit as end:
+        if end.code in _INTERRUPTED:
+            err.print("\nInterrupted. A bundle that was not finished is gone.", highlight=False)
+        raise
     except GemmaExportError as error:
-        _show_error(error)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        err.print("\nInterrupted. Nothing was kept.", highlight=False)
-        sys.exit(130)
-    except BrokenPipeError:
-        # The reader of our output went away (`| head`); Python must not complain about it at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _fail(error)
     except ModuleNotFoundError as error:
         extra = _EXTRAS.get((error.name or "").split(".")[0])
         if extra is None:
             _defect(error)
-        _show_error(
+        _fail(
             MissingDependencyError(
                 f"The package {error.name} is not installed.",
                 f'Install it: pip install "gemma-export[{extra}]"',
             )
         )
-        sys.exit(1)
+    except OSError as error:
+        _fail(StorageError(f"The system refused: {error}.", "Check the disk and the permissions."))
     except Exception as error:
         _defect(error)
 
 
-def _defect(error: Exception) -> None:
+def _prepare_process() -> None:
+    """Streams that take any text, and an orderly end when another process asks for one."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # What is not UTF-8 is refused where it is a prompt.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    """Ends the process through every `finally`, as Ctrl-C does."""
+    sys.exit(128 + number)
+
+
+def _fail(error: GemmaExportError) -> NoReturn:
+    _show_error(error)
+    sys.exit(error.exit_code)
+
+
+def _defect(error: Exception) -> NoReturn:
     """Reports what should not happen, without a traceback unless one is asked for."""
     if os.environ.get(DEBUG) == "1":
         raise error
@@ -376,7 +415,7 @@ def _show_extra(extra: tuple[str, ...]) -> None:
 @contextmanager
 def _listening(*, as_json: bool, quiet: bool) -> Iterator[events.Listener]:
     """A listener for the time of a long command; its bars are gone when it ends, however it ends."""
-    if quiet and not as_json:
+    if quiet:
         yield events.ignore
         return
     listener = JsonLines(out) if as_json else Screen(err)
@@ -422,6 +461,12 @@ def _read_stdin() -> str:
             f"The prompt on standard input is not UTF-8: byte {error.start} cannot be decoded.",
             "Convert it to UTF-8 first.",
         ) from None
+
+
+def _as_json(manifest: Manifest) -> dict[str, Any]:
+    """A manifest as its file says it."""
+    values: dict[str, Any] = json.loads(manifest.to_json())
+    return values
 
 
 def _shell(path: Path) -> str:

@@ -25,6 +25,7 @@ class RMSNorm(nn.Module):
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalizes the last axis of x."""
         mean_square = x.pow(2).mean(-1, keepdim=True)
         return x * torch.rsqrt(mean_square + self.epsilon) * (1.0 + self.weight)
 
@@ -78,8 +79,16 @@ class Attention(nn.Module):
         return x.view(x.shape[0], x.shape[1], heads, self.head_dim).transpose(1, 2)  # [B, heads, T, h]
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor, value: Tensor
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        key: Tensor,
+        value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attends over the cache; arguments and results are those of the block."""
         q = rotate(self._heads(self.q_proj(x), self.query_heads), cos, sin)  # [B, H, T, h]
         k = rotate(self._heads(self.k_proj(x), self.kv_heads), cos, sin)  # [B, K, T, h]
         v = self._heads(self.v_proj(x), self.kv_heads)
@@ -108,7 +117,9 @@ class GatedMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        """From [B, T, d] to the same."""
+        out: Tensor = self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
+        return out
 
 
 class DecoderLayer(nn.Module):
@@ -122,7 +133,14 @@ class DecoderLayer(nn.Module):
         self.mlp = GatedMLP(config)
 
     def forward(
-        self, x: Tensor, position_ids: Tensor, cos: Tensor, sin: Tensor, mask: Tensor, key: Tensor, value: Tensor
+        self,
+        x: Tensor,
+        position_ids: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Tensor,
+        key: Tensor,
+        value: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Runs the block.
 
@@ -154,6 +172,9 @@ class Decoder(nn.Module):
         all_logits: Whether the head reads every token or only the last.
     """
 
+    rotary_cos: Tensor  # [S, h/2]
+    rotary_sin: Tensor  # [S, h/2]
+
     def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> None:
         super().__init__()
         self.max_length, self.all_logits = max_length, all_logits
@@ -183,7 +204,8 @@ class Decoder(nn.Module):
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Scaled embeddings [B, T, d]."""
-        return self.embed_tokens(input_ids) * self.embedding_scale
+        embedded: Tensor = self.embed_tokens(input_ids)
+        return embedded * self.embedding_scale
 
     def run_layers(
         self, x: Tensor, position_ids: Tensor, past_key_values: list[Tensor]

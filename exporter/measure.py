@@ -76,9 +76,7 @@ def graph_name(observed: str) -> str:
     return f"{head}.{name}" if head else name
 
 
-def measure_parity(
-    folder: Path, source: Source, *, level: Level, listener: events.Listener
-) -> ParityReport:
+def measure_parity(folder: Path, source: Source, *, level: Level, listener: events.Listener) -> ParityReport:
     """Holds a bundle against the source it was built from, on the project's own texts."""
     reference = Reference(source.config, source.weights)
     with measurable_session(folder) as session:

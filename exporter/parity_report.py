@@ -1,7 +1,7 @@
 """What the parity gate found: values, and their JSON."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -211,10 +211,8 @@ class ParityReport:
                 "reference": self.reference,
                 "reasons": self.reasons,
                 **{name: getattr(figures, name) for name in names},
-                "max_key_error": max((layer.key_max for layer in self.layers), default=None, key=_nan_last),
-                "max_value_error": max(
-                    (layer.value_max for layer in self.layers), default=None, key=_nan_last
-                ),
+                "max_key_error": largest(layer.key_max for layer in self.layers),
+                "max_value_error": largest(layer.value_max for layer in self.layers),
                 "continuations": len(self.continuations),
                 "greedy_divergences": len(self.divergences()),
             }
@@ -222,9 +220,9 @@ class ParityReport:
         return summary
 
 
-def _nan_last(value: float) -> float:
-    """NaN counts as the largest: `max` alone would pass over it."""
-    return math.inf if math.isnan(value) else value
+def largest(values: Iterable[float]) -> float:
+    """The largest of some values; NaN counts as larger than any: `max` alone may pass over it."""
+    return max(values, key=lambda value: math.inf if math.isnan(value) else value, default=math.nan)
 
 
 def json_values(value: Any) -> Any:

@@ -1,8 +1,9 @@
 """The stages of a build, in order, and nothing else.
 
-    source → trace → passes → weights → tokenizer and configurations → parity → manifest
+    source → tokenizer and configurations → trace → passes → weights → parity → manifest
 
-Each hands the next a value; what fails, fails here with a sentence, and leaves nothing behind.
+Each hands the next a value; what fails, fails here with a sentence, and leaves nothing behind. What is quick
+to refuse comes before what takes long.
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +16,13 @@ import torch
 
 from gemma_export.errors import ParityError
 from gemma_export.exporter import events
-from gemma_export.exporter.bundle import check_replaceable, check_room, describe_files, new_bundle, write_manifest
+from gemma_export.exporter.bundle import (
+    check_replaceable,
+    check_room,
+    describe_files,
+    new_bundle,
+    write_manifest,
+)
 from gemma_export.exporter.gate import ParityReport
 from gemma_export.exporter.genai import write_genai_config
 from gemma_export.exporter.measure import audit_range, measure_parity
@@ -86,12 +93,16 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         slots = request.cache_slots(source.config)
         output = request.output_folder(source.config)
         check_replaceable(output, force=request.force)
-        facts |= {"source": source.checkpoint.source, "form": source.checkpoint.form, "model": source.config.name}
+        facts |= {
+            "source": source.checkpoint.source,
+            "form": source.checkpoint.form,
+            "model": source.config.name,
+        }
     with new_bundle(output, force=request.force) as folder:
-        graph, files = _write_graph(request, source, slots, folder, listener)
         with events.stage(listener, "tokenizer") as facts:
             tokens = _write_configurations(source, slots, folder)
             facts |= {"pieces": tokens.pieces, "stop": list(tokens.stop_ids)}
+        graph, files = _write_graph(request, source, slots, folder, listener)
         manifest = _manifest(request, source, slots, graph, tokens, folder, files)
         write_manifest(folder, manifest)
         report = _check_parity(request, source, folder, listener)
@@ -170,8 +181,8 @@ def _check_parity(
     if report.verdict == "fail" and not request.allow_parity_failure:
         raise ParityError(
             f"The bundle does not say what its reference says: {'; '.join(report.reasons)}.",
-            "Nothing was kept. Build with a wider --precision, or keep it with --allow-parity-failure to look "
-            "at its parity.html.",
+            "Nothing was kept. Build with a wider --precision, or keep it with --allow-parity-failure to "
+            "look at its parity.html.",
         )
     return report
 
@@ -260,7 +271,7 @@ def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.shape is not None
     assert value.dtype is not None
     shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
-    return TensorSpec(str(value.name), str(value.dtype).lower(), shape)
+    return TensorSpec(str(value.name), value.dtype.numpy().name, shape)
 
 
 def _tool_versions() -> dict[str, str]:

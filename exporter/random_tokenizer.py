@@ -1,7 +1,8 @@
 """A tokenizer for random weights: the shipped one, filled up with unused pieces to any size.
 
 Random weights say nothing, but a size can be tried with them, and the runtime needs a tokenizer as large as
-the embedding table. Unused pieces never occur in a text, so prompts are cut as the shipped tokenizer cuts them.
+the embedding table. Unused pieces never occur in a text, so prompts are cut as the shipped tokenizer cuts
+them.
 """
 
 from pathlib import Path

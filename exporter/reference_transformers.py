@@ -57,11 +57,9 @@ class TransformersReference:
             ) from error
         self.name = f"the checkpoint in fp32, by transformers {transformers.__version__}"
         try:
-            # Typed as anything: transformers is not checked, and may not be installed.
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
             )
-            self._model.eval()
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(

@@ -5,14 +5,22 @@ from a model, a text or a path is escaped. Without matplotlib it has its tables 
 """
 
 import json
-import math
-import re
 from collections.abc import Callable, Iterable
 from html import escape
 from pathlib import Path
 
+from rich.table import Table
+from rich.text import Text
+
 from gemma_export.exporter import report_plots
-from gemma_export.exporter.parity_report import Continuation, MeasuredText, ParityReport, PhaseErrors
+from gemma_export.exporter.parity_report import (
+    Continuation,
+    MeasuredText,
+    ParityReport,
+    PhaseErrors,
+    largest,
+)
+from gemma_export.exporter.report_figures import number, shown_figures
 from gemma_export.exporter.report_limits import limits
 from gemma_export.exporter.report_style import STYLE
 
@@ -42,6 +50,24 @@ def write_report(report: ParityReport, folder: Path | str) -> tuple[Path, Path]:
     json_path.write_bytes(text.encode("utf-8", "backslashreplace"))
     html_path.write_bytes(render_html(report).encode("utf-8", "backslashreplace"))
     return json_path, html_path
+
+
+def report_table(report: ParityReport) -> Table:
+    """The verdict, the figures and the reasons, for a terminal."""
+    good = report.verdict == "pass"
+    table = Table(
+        title=Text(f"{report.subject}: {report.verdict}", style="bold green" if good else "bold red"),
+        caption=Text("\n".join(report.reasons)) if report.reasons else None,
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("figure")
+    table.add_column("measured", justify="right")
+    table.add_column("budget", justify="right")
+    for figure in shown_figures(report):
+        style = "red" if figure.within is False else ""
+        table.add_row(Text(figure.name), Text(figure.measured, style=style), Text(figure.bound))
+    return table
 
 
 def render_html(report: ParityReport) -> str:
@@ -91,43 +117,13 @@ def _head(report: ParityReport) -> str:
 
 
 def _figures(report: ParityReport) -> str:
-    figures, budget = report.figures, report.budget
-    layers = report.layers
-    key = max((layer.key_max for layer in layers), key=_nan_last, default=math.nan)
-    value = max((layer.value_max for layer in layers), key=_nan_last, default=math.nan)
-    change = figures.perplexity_change
-    judged = [
-        ("Largest error of a logit / largest logit", figures.max_relative_error, budget.max_relative_error),
-        ("Mean KL(reference ‖ bundle), nats", figures.mean_kl, budget.mean_kl),
-        ("Largest KL, nats", figures.max_kl, budget.max_kl),
-        ("Change of perplexity", abs(change) if change is not None else None, budget.perplexity_change),
-        ("Largest error of a cached key / largest key", key, report.cache_bound),
-        ("Largest error of a cached value / largest value", value, report.cache_bound),
-    ]
     rows = [
-        _row(name, number(found), f"≤ {number(bound)}", _judgement(found is None or found <= bound))
-        for name, found, bound in judged
-        if found is not None
+        _row(figure.name, figure.measured, figure.bound, _judgement(figure.within))
+        for figure in shown_figures(report)
     ]
-    rows.append(
-        _row(
-            "Same most likely next token",
-            f"{figures.top1_agreement:.2%}",
-            f"≥ {budget.top1_agreement:.2%}",
-            _judgement(figures.top1_agreement >= budget.top1_agreement),
-        )
-    )
-    broken = figures.non_finite_bundle + figures.non_finite_reference
-    rows.append(_row("Positions with a NaN or an infinity", str(broken), "0", _judgement(not broken)))
-    rows.append(_row("Largest absolute error of a logit", number(figures.max_absolute_error), "", ""))
-    rows.append(_row("Mean absolute error of a logit", number(figures.mean_absolute_error), "", ""))
-    if figures.reference_perplexity is not None and figures.bundle_perplexity is not None:
-        both = f"{figures.reference_perplexity:,.2f} / {figures.bundle_perplexity:,.2f}"
-        rows.append(_row("Perplexity on the texts, reference / bundle", both, "", ""))
-    header = ("Figure", "Measured", "Budget", "")
     return (
-        f"<h2>Figures against the budget</h2>\n{_table(header, rows)}\n"
-        f'<p class="note">{escape(budget.reason)} The bound on the most likely token allows for '
+        f"<h2>Figures against the budget</h2>\n{_table(('Figure', 'Measured', 'Budget', ''), rows)}\n"
+        f'<p class="note">{escape(report.budget.reason)} The bound on the most likely token allows for '
         "the chance in so few positions.</p>"
     )
 
@@ -154,8 +150,8 @@ def _plots(report: ParityReport) -> str:
 def _phases(report: ParityReport) -> str:
     def row(phase: PhaseErrors) -> str:
         count = len(phase.positions)
-        largest = max(phase.errors, key=_nan_last)
-        return _row(_PHASES[phase.phase], str(count), number(largest), f"{phase.agreements / count:.2%}")
+        worst = largest(phase.errors)
+        return _row(_PHASES[phase.phase], str(count), number(worst), f"{phase.agreements / count:.2%}")
 
     header = ("Way of running", "Positions", "Largest error", "Same next token")
     return f"<h2>By way of running</h2>\n{_table(header, [row(phase) for phase in report.phases])}"
@@ -230,21 +226,6 @@ def _made_with(report: ParityReport) -> str:
     )
 
 
-def number(value: float | None) -> str:
-    """Three digits, as people write them."""
-    if value is None or math.isnan(value):
-        return "not a number"
-    if math.isinf(value):
-        return "infinite"
-    text = f"{value:.3g}"
-    found = re.fullmatch(r"(.+)e([+-]\d+)", text)
-    return f"{found[1]} · 10{_superscript(int(found[2]))}" if found else text
-
-
-def _superscript(exponent: int) -> str:
-    return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-
-
 def _token(text: str, token: int) -> str:
     """One token so that it can be seen, blanks and line breaks too."""
     visible = text.replace("\n", "↵").replace("\t", "⇥")
@@ -253,7 +234,9 @@ def _token(text: str, token: int) -> str:
     return escape(visible)
 
 
-def _judgement(within: bool) -> str:
+def _judgement(within: bool | None) -> str:
+    if within is None:
+        return ""
     return '<span class="ok">✓ within</span>' if within else '<span class="bad">✗ outside</span>'
 
 
@@ -269,7 +252,3 @@ def _table(header: tuple[str, ...], rows: Iterable[str]) -> str:
     )
     body = f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return f'<div class="wide"><table>{body}</table></div>'
-
-
-def _nan_last(value: float) -> float:
-    return math.inf if math.isnan(value) else value

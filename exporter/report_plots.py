@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gemma_export.exporter.parity_report import ParityReport, Phase, PhaseErrors
+from gemma_export.exporter.report_figures import power_of_ten
 
 # matplotlib wants colours that it can parse; each stands for a variable of the style sheet.
 _COLOURS = {
@@ -28,7 +29,6 @@ _PHASE_STYLE: dict[Phase, tuple[str, str]] = {
     "decode": (_SECOND, "s"),
     "continuation": (_THIRD, "^"),
 }
-_SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def error_by_position(report: ParityReport) -> str:
@@ -161,7 +161,7 @@ def _decades(values: Iterable[float]) -> tuple[float, float]:
 
 
 def _power(value: float) -> str:
-    return "10" + str(round(math.log10(value))).translate(_SUPERSCRIPT) if value > 0 else "0"
+    return power_of_ten(round(math.log10(value))) if value > 0 else "0"
 
 
 def _svg(figure: Any, name: str, description: str) -> str:
@@ -169,7 +169,7 @@ def _svg(figure: Any, name: str, description: str) -> str:
     from matplotlib import rc_context
 
     buffer = io.StringIO()
-    style = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}
     with rc_context(style):
         figure.savefig(
             buffer, format="svg", metadata={"Creator": None, "Date": None, "Format": None, "Type": None}

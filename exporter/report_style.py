@@ -51,6 +51,7 @@ figure { margin: 0; padding: .9rem 1rem .5rem; background: var(--card); border: 
   border-radius: 8px; }
 figcaption { font-size: .92rem; font-weight: 600; margin-bottom: .4rem; }
 svg { width: 100%; height: auto; display: block; }
+figure + figure svg { max-width: 30rem; }
 .sample { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1.1rem;
   margin: 0 0 .9rem; }
 .sample header { display: flex; flex-wrap: wrap; justify-content: space-between; gap: .2rem 1rem;

@@ -1,6 +1,7 @@
 """What a build is asked for: frozen, complete, and possible.
 
-A combination that cannot be built is refused here, with the nearest thing that can be, before anything is read.
+A combination that cannot be built is refused here, with the nearest thing that can be, before anything is
+read.
 """
 
 from dataclasses import dataclass
@@ -114,14 +115,14 @@ class BuildRequest:
                 "Give --checkpoint to export weights, or --random-weights to try a size without them.",
             )
         if self.random_weights and self.size is None:
-            raise UsageError(
-                "--random-weights needs a size.", f"Add --size, one of {', '.join(SIZES)}."
-            )
+            raise UsageError("--random-weights needs a size.", f"Add --size, one of {', '.join(SIZES)}.")
         if self.seed is not None and not self.random_weights:
             raise UsageError(
                 "--seed is the seed of random weights, and a checkpoint has none.",
                 "Leave --seed out, or add --random-weights.",
             )
+        if self.seed is not None and self.seed < 0:
+            raise UsageError(f"--seed {self.seed} is negative.", "Give 0 or more.")
         if self.size is None and self.checkpoint is None:
             raise UsageError(
                 "Neither a size nor a checkpoint was given.",
@@ -135,6 +136,11 @@ class BuildRequest:
             raise UsageError(f"--logits {self.logits} is not a choice.", "Choose last or all.")
         if self.parity not in PARITY_LEVELS:
             raise UsageError(f"--parity {self.parity} is not a choice.", "Choose none, quick or full.")
+        if self.allow_parity_failure and self.parity == "none":
+            raise UsageError(
+                "--allow-parity-failure and --parity none contradict each other.",
+                "Leave one of them out: what is not measured cannot fail.",
+            )
 
     @property
     def scheme(self) -> Scheme:

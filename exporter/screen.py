@@ -5,55 +5,51 @@ per line) and, with `events.ignore`, one for silence.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import TransferSpeedColumn as SpeedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
 from gemma_export.exporter.events import Event, Note, StageFinished, StageProgress, StageStarted
+from gemma_export.exporter.parity_report import ParityReport, json_values
 from gemma_export.runtime.bundle import Manifest
 
 _EVENT_NAMES = {StageStarted: "started", StageProgress: "progress", StageFinished: "finished", Note: "note"}
+_UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
 class Screen:
-    """Shows stages as they end, and a bar with bytes and the time left for those that take long."""
+    """Shows a line for each stage that ended and, on a terminal, a bar for the one that runs."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._progress = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=32),
-            DownloadColumn(binary_units=False),
-            SpeedColumn(),
-            TimeRemainingColumn(),
+            TextColumn("  {task.description:<12}"),
+            BarColumn(bar_width=20),
+            _Amount(),
             console=console,
             transient=True,
+            disable=not console.is_interactive,
         )
-        self._count = Progress(
-            TextColumn("  {task.description}"),
-            BarColumn(bar_width=32),
-            TextColumn("{task.completed:.0f} of {task.total:.0f} {task.fields[unit]}"),
-            TimeRemainingColumn(),
-            console=console,
-            transient=True,
-        )
-        self._live: tuple[Progress, TaskID] | None = None
+        self._running: TaskID | None = None
 
     def __call__(self, event: Event) -> None:
+        """Shows an event."""
         match event:
             case StageStarted(stage, detail):
-                self._stop()
-                # A line that says what runs; it is replaced by the line that says how it went.
-                self._begin(stage, detail)
-            case StageProgress(stage, done, total, unit):
-                self._show(stage, done, total, unit)
+                self._end_stage()
+                self._progress.start()
+                self._running = self._progress.add_task(stage, total=None, unit="", detail=detail)
+            case StageProgress(_, done, total, unit) if self._running is not None:
+                self._progress.update(self._running, completed=done, total=total, unit=unit)
             case StageFinished(stage, seconds, facts):
-                self._stop()
+                self._end_stage()
                 line = ", ".join(f"{key} {_brief(value)}" for key, value in facts.items() if _worth(value))
                 self._console.print(
                     f"  [green]✓[/] {stage:<12} [dim]{seconds:6.1f} s[/]  {escape(line)}", highlight=False
@@ -63,51 +59,48 @@ class Screen:
 
     def close(self) -> None:
         """Takes a running bar off the screen."""
-        self._stop()
+        self._end_stage()
+        if self._progress.live.is_started:
+            self._progress.stop()
 
-    def _begin(self, stage: str, detail: str) -> None:
-        task = self._count.add_task(f"{stage} {escape(detail)}", total=None, unit="")
-        self._count.columns = (TextColumn("  [dim]… {task.description}[/]"),)
-        self._count.start()
-        self._live = (self._count, task)
+    def _end_stage(self) -> None:
+        if self._running is not None:
+            self._progress.remove_task(self._running)
+            self._running = None
 
-    def _show(self, stage: str, done: int, total: int, unit: str) -> None:
-        progress = self._progress if unit == "bytes" else self._count
-        if self._live is None or self._live[0] is not progress or not progress.tasks[-1].total:
-            self._stop()
-            progress.columns = self._columns(unit)
-            progress.start()
-            self._live = (progress, progress.add_task(stage, total=total, unit=unit))
-        self._live[0].update(self._live[1], completed=done, total=total)
 
-    @staticmethod
-    def _columns(unit: str) -> tuple[Any, ...]:
-        bar = (TextColumn("  {task.description:<12}"), BarColumn(bar_width=32))
-        if unit == "bytes":
-            return (*bar, DownloadColumn(binary_units=False), SpeedColumn(), TimeRemainingColumn())
-        count = TextColumn("{task.completed:.0f} of {task.total:.0f} {task.fields[unit]}")
-        return (*bar, count, TimeRemainingColumn())
+class _Amount(ProgressColumn):
+    """How much of a stage is done, how fast it goes, and how long it still takes: as far as that is known."""
 
-    def _stop(self) -> None:
-        if self._live is not None:
-            progress, task = self._live
-            progress.remove_task(task)
-            progress.stop()
-            self._live = None
+    def render(self, task: Task) -> Text:
+        """The text behind the bar."""
+        if task.total is None:
+            return Text(task.fields["detail"], style="dim")
+        if task.fields["unit"] == "bytes":
+            unit, size = _unit(task.total)
+            parts = [f"{task.completed / size:.2f} of {task.total / size:.2f} {unit}"]
+            parts += [f"{_bytes(int(task.speed))}/s"] if task.speed else []
+        else:
+            parts = [f"{task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}"]
+        if task.time_remaining is not None:
+            parts.append(f"{timedelta(seconds=int(task.time_remaining))} left")
+        return Text(", ".join(parts))
 
 
 class JsonLines:
-    """Writes each event as one JSON object on a line of its own."""
+    """Writes each event as one JSON object on a line of its own; what is no number in JSON is null."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def __call__(self, event: Event) -> None:
+        """Writes an event."""
         self.write({"event": _EVENT_NAMES[type(event)], **asdict(event)})
 
     def write(self, value: dict[str, Any]) -> None:
         """Writes one object."""
-        self._console.out(json.dumps(value, ensure_ascii=False), highlight=False)
+        line = json.dumps(json_values(value), ensure_ascii=False, allow_nan=False)
+        self._console.out(line, highlight=False)
 
     def close(self) -> None:
         """Nothing is left to do."""
@@ -118,16 +111,15 @@ def bundle_table(manifest: Manifest) -> Table:
     model, graph = manifest.model, manifest.graph
     heads = f"{model.num_query_heads} query, {model.num_kv_heads} KV heads of {model.head_dim}"
     total = model.parameters.embedding + model.parameters.other
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
     rows = {
         "model": f"{model.name}, {total / 1e6:,.1f} M parameters ({model.parameters.embedding / 1e6:,.1f} M "
         "embedding, shared with the head)",
-        "shape": f"{model.num_layers} layers of {model.hidden_size}, {heads}, vocabulary {model.vocab_size:,}",
+        "shape": f"{model.num_layers} layers of {model.hidden_size}, {heads}, "
+        f"vocabulary {model.vocab_size:,}",
         "precision": f"{manifest.precision} for {manifest.target}: stored {manifest.storage_dtype}, computed "
         f"{manifest.compute_dtype}, cache {manifest.cache_dtype}",
-        "graph": f"opset {graph.opset}, cache of {graph.max_length:,} tokens, logits of the {_logits(graph.logits)}",
+        "graph": f"opset {graph.opset}, cache of {graph.max_length:,} tokens, "
+        f"logits of the {_logits(graph.logits)}",
         "on disk": _bytes(sum(file.size for file in manifest.files.values())),
         "read per token": f"{_bytes(manifest.bytes.per_token)} of weights",
         "cache per row": _bytes(manifest.bytes.cache_per_row),
@@ -138,8 +130,36 @@ def bundle_table(manifest: Manifest) -> Table:
     }
     if manifest.precision == "fp32":
         del rows["kept in fp32"]
+    return _two_columns({name: text if name == "parity" else escape(text) for name, text in rows.items()})
+
+
+def parity_table(report: ParityReport) -> Table:
+    """What was measured, and the verdict, for people."""
+    figures, colour = report.figures, "green" if report.verdict == "pass" else "red"
+    diverged = len(report.divergences())
+    rows = {
+        "bundle": escape(report.subject),
+        "reference": escape(report.reference),
+        "verdict": f"[{colour}]{report.verdict}[/] ({report.level})",
+        "because": escape("; ".join(report.reasons)),
+        "tokens": f"{figures.tokens:,}",
+        "largest error": f"{_brief(figures.max_absolute_error)}, "
+        f"relative {_brief(figures.max_relative_error)}",
+        "KL": f"mean {_brief(figures.mean_kl)}, largest {_brief(figures.max_kl)}",
+        "same first choice": f"{figures.top1_agreement:.2%}",
+        "perplexity": f"{_brief(figures.bundle_perplexity)}, "
+        f"reference {_brief(figures.reference_perplexity)}",
+        "continuations": f"{len(report.continuations)}, of which {diverged} leave the reference's",
+    }
+    return _two_columns({name: text for name, text in rows.items() if text})
+
+
+def _two_columns(rows: dict[str, str]) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
     for name, text in rows.items():
-        table.add_row(name, escape(text) if name != "parity" else text)
+        table.add_row(name, text)
     return table
 
 
@@ -151,16 +171,19 @@ def parity_line(manifest: Manifest) -> str:
     figures = parity.figures
     colour = "green" if parity.verdict == "pass" else "red"
     kept = ", kept all the same" if parity.allowed_failure else ""
-    numbers = [
-        f"{name} {_brief(figures[key])}"
-        for key, name in (
-            ("max_relative_error", "largest error"),
-            ("mean_kl", "KL"),
-            ("top1_agreement", "same first choice"),
-        )
-        if figures.get(key) is not None
-    ]
-    return f"[{colour}]{parity.verdict}[/] ({parity.level}{kept}): {escape(', '.join(numbers))}"
+    shown = {
+        "largest error": _figure(figures, "max_relative_error", ".4g"),
+        "KL": _figure(figures, "mean_kl", ".4g"),
+        "same first choice": _figure(figures, "top1_agreement", ".2%"),
+    }
+    numbers = ", ".join(f"{name} {text}" for name, text in shown.items() if text)
+    return f"[{colour}]{parity.verdict}[/] ({parity.level}{kept}): {numbers}"
+
+
+def _figure(figures: Mapping[str, Any], name: str, form: str) -> str:
+    """A figure as text; nothing where there is none, or no number."""
+    value = figures.get(name)
+    return format(value, form) if isinstance(value, int | float) else ""
 
 
 def _logits(kind: str) -> str:
@@ -180,7 +203,11 @@ def _brief(value: object) -> str:
 
 
 def _bytes(count: int) -> str:
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} bytes"
+    if count < 1000:
+        return f"{count} bytes"
+    unit, size = _unit(count)
+    return f"{count / size:.2f} {unit}"
+
+
+def _unit(count: float) -> tuple[str, float]:
+    return next((unit for unit in _UNITS if count >= unit[1]), _UNITS[-1])

@@ -1,9 +1,9 @@
 """Traces the decoder to an ONNX graph without allocating a weight.
 
 The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. One
-layer is traced and then repeated (`graphs.unroll`). What comes out is the RAW graph: plain operators, one node
-list for the whole model, initializers that are names and shapes only. `bind_weights` then gives each its
-streamed value.
+layer is traced and then repeated (`graphs.unroll`). What comes out is the RAW graph: plain operators, one
+node list for the whole model, initializers that are names and shapes only. `bind_weights` then gives each
+its streamed value.
 """
 
 import logging
@@ -35,7 +35,7 @@ OUTPUTS = ["logits", "present.0.key", "present.0.value", LAYER_INPUT, LAYER_OUTP
 class _MarkedDecoder(Decoder):
     """The decoder, which also returns the residual stream before and after its layers."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # Traced, never called in the place of a decoder.
         self, input_ids: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
     ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
         before = self.embed(input_ids)
@@ -113,14 +113,16 @@ def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, Row
 def _cache_slots(model: ir.Model) -> int:
     shape = model.graph.inputs[2].shape
     assert shape is not None
-    return int(shape[2])
+    slots = shape[2]
+    assert isinstance(slots, int)
+    return slots
 
 
 def _name_axes(model: ir.Model) -> None:
     """Gives the dynamic axes of inputs and outputs their names."""
     for value in (*model.graph.inputs, *model.graph.outputs):
         assert value.shape is not None
-        dims: list[int | str] = ["batch", *value.shape[1:]]
+        dims: list[int | str | ir.SymbolicDim] = ["batch", *value.shape[1:]]
         if value.name in ("input_ids", "position_ids") or not isinstance(value.shape[1], int):
             dims[1] = "tokens"
         value.shape = ir.Shape(dims)

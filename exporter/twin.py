@@ -1,7 +1,7 @@
 """A bundle whose graph a CPU cannot run as it is, made runnable for the time of a measurement.
 
-The twin lies in a hidden folder inside the bundle's, shares the weights' file through a hard link, and is gone
-when the measurement ends.
+The twin lies in a hidden folder inside the bundle's, shares the weights' file through a hard link, and is
+gone when the measurement ends.
 """
 
 import os

@@ -97,7 +97,9 @@ def caches_are_written_straight(model: ir.Model) -> str | None:
 
 def embedding_is_stored_once(model: ir.Model) -> str | None:
     """One table, read by the lookup and by the head, and no second initializer over the same rows."""
-    lookups = [node for node in model.graph if node.op_type == "Gather" and streamed(node.inputs[0]) is not None]
+    lookups = [
+        node for node in model.graph if node.op_type == "Gather" and streamed(node.inputs[0]) is not None
+    ]
     if len(lookups) != 1:
         return f"{len(lookups)} lookups read a stored table"
     table, tensor = lookups[0].inputs[0], streamed(lookups[0].inputs[0])
@@ -113,8 +115,9 @@ def embedding_is_stored_once(model: ir.Model) -> str | None:
 
 def _reader(node: ir.Node) -> str:
     """The operator that reads a table, seen through a transpose or a cast."""
-    if node.op_type in ("Transpose", "Cast") and node.outputs[0].uses():
-        return _reader(node.outputs[0].uses()[0].node)
+    if node.op_type in ("Transpose", "Cast"):
+        for use in node.outputs[0].uses():
+            return _reader(use.node)
     return node.op_type
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import torch
 
 from gemma_export.errors import CheckpointError, StorageError
-from gemma_export.graphs.tensors import StreamedTensor
+from gemma_export.graphs.tensors import StreamedTensor, streamed
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -28,6 +28,18 @@ ALIGNMENT = 4096
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file."""
 QUEUED_BLOCKS = 3
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNUSABLE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+)
 
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
@@ -81,24 +93,24 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
     Raises:
         CheckpointError: A weight holds NaN or infinity.
         LeavesRangeError: A weight does not fit the 16-bit format it was cast to.
-        StorageError: The disk is full or cannot be written.
+        OSError: The disk is full or cannot be written.
     """
+    _check_inline(model)
     placed = _layout(model)
     total = placed[-1].offset + placed[-1].tensor.nbytes if placed else 0
-    with disk_errors(folder):
-        data = _write_data(placed, folder / DATA_FILE, total, progress)
-        for item in placed:
-            item.value.const_value = ir.ExternalTensor(
-                DATA_FILE,
-                item.offset,
-                item.tensor.nbytes,
-                item.tensor.dtype,
-                shape=ir.Shape(item.tensor.source.shape),
-                name=str(item.value.name),
-                base_dir=folder,
-            )
-        ir.save(model, folder / GRAPH_FILE)
-        graph = (folder / GRAPH_FILE).read_bytes()
+    data = _write_data(placed, folder / DATA_FILE, total, progress)
+    for item in placed:
+        item.value.const_value = ir.ExternalTensor(
+            DATA_FILE,
+            item.offset,
+            item.tensor.nbytes,
+            item.tensor.dtype,
+            shape=ir.Shape(item.tensor.source.shape),
+            name=str(item.value.name),
+            base_dir=folder,
+        )
+    ir.save(model, folder / GRAPH_FILE)
+    graph = (folder / GRAPH_FILE).read_bytes()
     return {
         GRAPH_FILE: StoredFile(len(graph), hashlib.sha256(graph).hexdigest()),
         DATA_FILE: data,
@@ -110,8 +122,8 @@ def _layout(model: ir.Model) -> list[_Placed]:
     placed: list[_Placed] = []
     end = 0
     for value in model.graph.initializers.values():
-        tensor = value.const_value
-        if isinstance(tensor, StreamedTensor) and tensor.nbytes > INLINE_BYTES:
+        tensor = streamed(value)
+        if tensor is not None and tensor.nbytes > INLINE_BYTES:
             offset = -(-end // ALIGNMENT) * ALIGNMENT
             placed.append(_Placed(value, tensor, offset))
             end = offset + tensor.nbytes
@@ -172,11 +184,20 @@ def _read_blocks(
         blocks.put(error)
 
 
+def _check_inline(model: ir.Model) -> None:
+    """Checks the weights that go into the graph file, as the others are checked on their way to the data."""
+    for value in model.graph.initializers.values():
+        tensor = streamed(value)
+        if tensor is not None and tensor.nbytes <= INLINE_BYTES:
+            for block in tensor.blocks():
+                _check_finite(block, tensor)
+
+
 def _check_finite(block: torch.Tensor, tensor: StreamedTensor) -> None:
     """Refuses NaN and infinity; a sum shows either at the cost of one read."""
     if torch.isfinite(block.sum(dtype=torch.float32)) or torch.isfinite(block).all():
         return
-    if torch.isnan(block).any() or not _from_wider(tensor):
+    if torch.isnan(block).any() or block.dtype == torch.float32:
         raise CheckpointError(
             f"The weight {tensor.source.name} holds NaN or infinity.",
             "The checkpoint is damaged or its training diverged: get it again, or look at the training run.",
@@ -184,28 +205,24 @@ def _check_finite(block: torch.Tensor, tensor: StreamedTensor) -> None:
     raise LeavesRangeError(str(tensor.name))
 
 
-def _from_wider(tensor: StreamedTensor) -> bool:
-    """Whether the values were cast to fp16 on the way, and so may have been finite before."""
-    return tensor.source.dtype == torch.float16
-
-
 @contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turns what a disk refuses into a sentence."""
+def disk_errors(output: Path) -> Iterator[None]:
+    """Turns what a disk refuses while `output` is written into a sentence."""
     try:
         yield
+    except BrokenPipeError:  # Not a disk: whoever read our output went away.
+        raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        reason = error.strerror or error
+        if error.errno in _FULL:
             raise StorageError(
-                f"The disk with {folder} is full.",
-                "Nothing was kept of this build. Free some space, or choose another disk with -o.",
+                f"The disk with {output} takes no more: {reason}.",
+                "Nothing was kept. Free some space, or choose another disk with -o.",
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in _UNUSABLE:
             raise StorageError(
-                f"{folder} cannot be written: {error.strerror}.",
-                "Choose a folder that you may write to with -o.",
+                f"{output} cannot be written: {reason}.", "Choose a folder that you may write to with -o."
             ) from error
         raise StorageError(
-            f"Writing to {folder} failed: {error.strerror or error}.",
-            "Check the disk, then build again.",
+            f"Writing {output} failed: {reason}.", "Check the disk, then try again."
         ) from error

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import torch
 
 BLOCK_BYTES = 16 << 20
-"""Size of a block as it is written: large enough to keep a disk busy. Allocators keep buffers of this size for
-the next block; larger ones are mapped anew each time, and page faults then cost more than the reading."""
+"""Size of a block as it is written: large enough to keep a disk busy. Allocators keep buffers of this size
+for the next block; larger ones are mapped anew each time, and page faults then cost more than the reading."""
 
 IR_DTYPES = {
     torch.float32: ir.DataType.FLOAT,

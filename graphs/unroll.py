@@ -1,7 +1,8 @@
 """Repeats a traced layer, so that tracing costs the same for any depth.
 
-Tracing is paid per operator, seconds for each layer, and every layer of the decoder is the same module. So one
-layer is traced between two marks, and what lies between them is copied, with the layer's number in each name.
+Tracing is paid per operator, seconds for each layer, and every layer of the decoder is the same module. So
+one layer is traced between two marks, and what lies between them is copied, with the layer's number in each
+name.
 """
 
 import onnx_ir as ir
@@ -16,8 +17,8 @@ def unroll(model: ir.Model, num_layers: int) -> int:
     """Turns a decoder of one layer into one of many; returns how many nodes a layer has.
 
     Layers' initializers are expected as `layers.0.…`, caches as `past_key_values.0.…` and `present.0.…`;
-    copies get their own number there. What depends on none of the layer's input, caches and weights (the mask)
-    is shared.
+    copies get their own number there. What depends on none of the layer's input, caches and weights (the
+    mask) is shared.
 
     Args:
         model: The traced graph, with the two marks as its last outputs; they are removed.
@@ -65,8 +66,10 @@ def _between(sources: list[ir.Value], sinks: list[ir.Value]) -> set[ir.Node]:
     def reaches(value: ir.Value) -> bool:
         if value not in depends:
             producer = value.producer()
-            operands = [] if producer is None else [operand for operand in producer.inputs if operand is not None]
-            depends[value] = any([reaches(operand) for operand in operands])
+            inputs = () if producer is None else producer.inputs
+            # A list, not a generator: all are looked at, so that every node that depends is found.
+            reached = [reaches(operand) for operand in inputs if operand is not None]
+            depends[value] = any(reached)
             if depends[value] and producer is not None:
                 found.add(producer)
         return depends[value]
@@ -92,7 +95,9 @@ def _copy(graph: ir.Graph, node: ir.Node, copies: dict[ir.Value, ir.Value], i: i
     for old, new in zip(node.outputs, copy.outputs, strict=True):
         new.name = _renamed(str(old.name), i)
         # Assigned by dtype: a type is an object, and layers that shared one would change format together.
-        new.shape, new.dtype, new.const_value = old.shape, old.dtype, old.const_value
+        new.shape, new.const_value = old.shape, old.const_value
+        if old.dtype is not None:
+            new.dtype = old.dtype
         copies[old] = new
     graph.append(copy)
 

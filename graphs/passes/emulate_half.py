@@ -2,10 +2,10 @@
 
     y₁₆ = op(x₁₆)   →   y = Cast(Cast(op(x), 16 bits), fp32)
 
-A CPU has no 16-bit products, and onnxruntime's way around it (casts that it then removes) shows less error than
-a device makes; bfloat16 it does not run at all. This twin runs everywhere and has a device's rounding: operands
-and results of every operator in 16 bits, sums inside it in fp32, as tensor cores do. It is what parity is
-measured on where the bundle's own graph needs a GPU.
+A CPU has no 16-bit products, and onnxruntime's way around it (casts that it then removes) shows less error
+than a device makes; bfloat16 it does not run at all. This twin runs everywhere and has a device's rounding:
+operands and results of every operator in 16 bits, sums inside it in fp32, as tensor cores do. It is what
+parity is measured on where the bundle's own graph needs a GPU.
 
 Operators that only move numbers need no rounding, and caches stay between the operator and the graph's edge.
 """
@@ -33,9 +33,8 @@ def emulate_half(model: ir.Model) -> int:
         if node.op_type == "Cast":
             count += _rounds(graph, node)
             continue
-        half = [output for output in node.outputs if output.dtype in HALVES]
-        for output in half:
-            dtype = output.dtype
+        half = [(output, output.dtype) for output in node.outputs if output.dtype in HALVES]
+        for output, dtype in half:
             output.dtype = ir.DataType.FLOAT
             if node.op_type not in EXACT and not output.is_graph_output():
                 _round(graph, output, dtype, node)
@@ -70,7 +69,7 @@ def _rounds(graph: ir.Graph, cast: ir.Node) -> int:
     return 1
 
 
-def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType | None, after: ir.Node) -> None:
+def _round(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, after: ir.Node) -> None:
     """Rounds a value for all that read it."""
     users = [(use.node, use.idx) for use in value.uses()]
     narrow = ir.node("Cast", [value], attributes={"to": dtype})

@@ -25,7 +25,9 @@ def fold_norm_gain(model: ir.Model) -> int:
         if tensor is None or tensor.dtype != ir.DataType.FLOAT or scalar(addend) != 1.0:
             continue
         assert weight is not None
-        gain = add_initializer(graph, f"{str(weight.name).removesuffix('.weight')}.gain", OnePlus(tensor.source))
+        gain = add_initializer(
+            graph, f"{str(weight.name).removesuffix('.weight')}.gain", OnePlus(tensor.source)
+        )
         node.outputs[0].replace_all_uses_with(gain)
         graph.remove(node, safe=True)
         count += 1

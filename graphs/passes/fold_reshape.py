@@ -9,7 +9,7 @@ Illegal when an element of the shape is neither a constant nor the size of x's a
 
 import onnx_ir as ir
 
-from gemma_export.graphs.passes.patterns import constant, ints
+from gemma_export.graphs.passes.patterns import constant, ints, stand_in
 
 
 def fold_reshape(model: ir.Model) -> int:
@@ -34,7 +34,7 @@ def fold_reshape(model: ir.Model) -> int:
             model.graph.register_initializer(value)
         replacement = ir.node("Reshape", [node.inputs[0], value])
         new, old = replacement.outputs[0], node.outputs[0]
-        new.name, new.shape, new.dtype = old.name, old.shape, old.dtype
+        stand_in(new, old)
         model.graph.insert_before(node, replacement)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)

@@ -25,7 +25,9 @@ def _rotation(op: Any, x: Any, cos: Any, sin: Any, positions: Any, last: Any, he
     c = op.Unsqueeze(op.GatherND(cos, index, _allow_other_attributes=True), heads_axis)
     s = op.Unsqueeze(op.GatherND(sin, index, _allow_other_attributes=True), heads_axis)
     low, high = op.Split(x, axis=3, num_outputs=2, _outputs=2)
-    return op.Concat(op.Sub(op.Mul(low, c), op.Mul(high, s)), op.Add(op.Mul(high, c), op.Mul(low, s)), axis=-1)
+    return op.Concat(
+        op.Sub(op.Mul(low, c), op.Mul(high, s)), op.Add(op.Mul(high, c), op.Mul(low, s)), axis=-1
+    )
 
 
 def _check(

@@ -7,9 +7,9 @@ Each operator gets one format; values that cross between two are cast, once each
 - whatever `keep` names: the range audit's findings.
 
 An operator that only moves numbers has the format of what it moves. Weights of an operator in an island are
-still stored in 16 bits and cast where they are used, unless they themselves are named; gains and rotary tables
-feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's minimum would turn
-into -inf.
+still stored in 16 bits and cast where they are used, unless they themselves are named; gains and rotary
+tables feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's minimum
+would turn into -inf.
 """
 
 from collections.abc import Collection

@@ -140,6 +140,6 @@ def lower_group_query_attention(model: ir.Model) -> int:
         for old, new in zip(replaced, fused.outputs, strict=True):
             new.name, new.shape, new.dtype = old.name, old.shape, old.dtype
             old.replace_all_uses_with(new, replace_graph_outputs=True)
-            old.name = None
+            old.name = f"{new.name}.replaced"
     model.opset_imports[MICROSOFT] = 1
     return len(found)

@@ -31,7 +31,7 @@ def lower_linear(model: ir.Model) -> int:
         new, old = fused.outputs[0], linear.output
         new.name, new.shape, new.dtype = old.name, old.shape, old.dtype
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name = None
+        old.name = f"{new.name}.replaced"
     if linears:
         model.opset_imports[MICROSOFT] = 1
     return len(linears)

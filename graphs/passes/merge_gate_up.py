@@ -17,6 +17,7 @@ from gemma_export.graphs.passes.merge_projections import (
     merge_weights,
     mergeable,
 )
+from gemma_export.graphs.passes.patterns import stand_in, users
 
 
 def _gate_first(linears: list[Linear]) -> tuple[Linear, Linear] | None:
@@ -25,14 +26,14 @@ def _gate_first(linears: list[Linear]) -> tuple[Linear, Linear] | None:
     ups = [linear for linear in linears if not _is_gate(linear)]
     if len(gates) != 1 or len(ups) != 1 or gates[0].tensor.source.shape != ups[0].tensor.source.shape:
         return None
-    activated = gates[0].output.uses()[0].node.outputs[0]
-    products = {use.node for use in activated.uses()}
-    return (gates[0], ups[0]) if products & {use.node for use in ups[0].output.uses()} else None
+    activated = users(gates[0].output)[0].outputs[0]
+    together = set(users(activated)) & set(users(ups[0].output))
+    return (gates[0], ups[0]) if together else None
 
 
 def _is_gate(linear: Linear) -> bool:
-    uses = linear.output.uses()
-    return len(uses) == 1 and uses[0].node.op_type == "Gelu"
+    readers = users(linear.output)
+    return len(readers) == 1 and readers[0].op_type == "Gelu"
 
 
 def merge_gate_up(model: ir.Model) -> int:
@@ -53,7 +54,7 @@ def merge_gate_up(model: ir.Model) -> int:
         graph.insert_after(anchor, split)
         for linear, new in zip(pair, split.outputs, strict=True):
             old = linear.output
-            new.name, new.shape, new.dtype = old.name, old.shape, old.dtype
+            stand_in(new, old)
             old.replace_all_uses_with(new)
             graph.remove(linear.product, safe=True)
         count += 1

@@ -2,7 +2,7 @@
 
     x·Wqᵀ, x·Wkᵀ, x·Wvᵀ, each reshaped to heads  →  Split(Transpose(Reshape(x · [Wq; Wk; Wv]ᵀ)), heads axis)
 
-The merged weight is the three one below the other, which is how the bytes are written, so nothing is computed.
+The merged weight is the three one below the other, which is how the bytes are written: nothing is computed.
 It is reshaped to heads BEFORE it is split: a plain split makes TensorRT store the weight once per profile.
 
 Illegal when:
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gemma_export.graphs.passes.patterns import constant, last_dim
+from gemma_export.graphs.passes.patterns import constant, last_dim, stand_in, users
 from gemma_export.graphs.tensors import ConcatRows, RowSource, StreamedTensor, add_initializer, streamed
 
 
@@ -84,21 +84,22 @@ def insert_product(linears: Sequence[Linear], merged: ir.Value) -> ir.Value:
     name = str(merged.name).removesuffix(".weight")
     transpose.outputs[0].name, product.outputs[0].name = f"{name}.weight_t", name
     product.outputs[0].shape = ir.Shape([*first.outputs[0].shape[:-1], merged.shape[0]])
-    transpose.outputs[0].dtype = merged.dtype
-    product.outputs[0].dtype = first.outputs[0].dtype
+    for value, like in ((transpose.outputs[0], merged), (product.outputs[0], first.outputs[0])):
+        if like.dtype is not None:
+            value.dtype = like.dtype
     return product.outputs[0]
 
 
 def _heads(linear: Linear) -> tuple[ir.Node, int, int] | None:
     """The transpose [B, heads, T, h] that follows a projection, and heads and h."""
-    uses = linear.output.uses()
-    if len(uses) != 1 or uses[0].node.op_type != "Reshape":
+    readers = users(linear.output)
+    if len(readers) != 1 or readers[0].op_type != "Reshape":
         return None
-    reshaped = uses[0].node.outputs[0]
-    follows = reshaped.uses()
-    if len(follows) != 1 or follows[0].node.op_type != "Transpose" or reshaped.shape is None:
+    reshaped = readers[0].outputs[0]
+    follows = users(reshaped)
+    if len(follows) != 1 or follows[0].op_type != "Transpose" or reshaped.shape is None:
         return None
-    transpose = follows[0].node
+    transpose = follows[0]
     if list(transpose.attributes["perm"].as_ints()) != [0, 2, 1, 3] or len(reshaped.shape) != 4:
         return None
     heads, width = reshaped.shape[2], last_dim(reshaped)
@@ -139,10 +140,11 @@ def _split_heads(
     )
     anchor = product.producer()
     assert anchor is not None
-    reshape.outputs[0].dtype = transpose.outputs[0].dtype = product.dtype
+    if product.dtype is not None:
+        reshape.outputs[0].dtype = transpose.outputs[0].dtype = product.dtype
     graph.insert_after(anchor, [shape, sizes, reshape, transpose, split])
     for (old, _), new in zip(outputs, split.outputs, strict=True):
-        new.name, new.shape, new.dtype = old.outputs[0].name, old.outputs[0].shape, old.outputs[0].dtype
+        stand_in(new, old.outputs[0])
         old.outputs[0].replace_all_uses_with(new)
         reshaped = old.inputs[0]
         assert reshaped is not None

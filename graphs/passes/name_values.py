@@ -53,8 +53,8 @@ def _name(node: ir.Node, layer: str) -> str | None:
         case "Mul" if _produced_by(node.inputs[0], "Gelu"):
             return f"{layer}mlp.gated"
         case "Add" if (linear := find_linear(source.producer() if source else None)) is not None:
-            part = "attention_residual" if str(linear.weight.name).endswith("o_proj.weight") else "mlp_residual"
-            return f"{layer}{part}"
+            after_attention = str(linear.weight.name).endswith("o_proj.weight")
+            return f"{layer}{'attention' if after_attention else 'mlp'}_residual"
     return None
 
 

@@ -34,6 +34,18 @@ def last_dim(value: ir.Value) -> int | None:
     return size if isinstance(size, int) else None
 
 
+def users(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read a value, once per input that does."""
+    return [use.node for use in value.uses()]
+
+
+def stand_in(new: ir.Value, old: ir.Value) -> None:
+    """Gives a value that will replace another its name, shape and format."""
+    new.name, new.shape = old.name, old.shape
+    if old.dtype is not None:
+        new.dtype = old.dtype
+
+
 def apply(model: ir.Model, rules: Sequence[pattern.RewriteRule], *, commute: bool = False) -> int:
     """Applies the rules once over the graph and returns how often one fired."""
     return int(pattern.RewriteRuleSet(list(rules), commute=commute).apply_to_model(model))

@@ -329,17 +329,17 @@ def test_a_near_tie_is_no_reason(monkeypatch):
     def rounded(tokens, cache):
         logits = step(tokens, cache).copy()
         second, first = np.sort(logits[0, -1])[-2:]
-        if first - second < 0.2:
+        if first - second < 0.05:
             logits[0, -1][logits[0, -1] == first] = second - 1e-3
         return logits
 
     monkeypatch.setattr(session, "step", rounded)
     report = check(session, precision="bf16")
-    assert report.verdict == "pass"
+    assert report.reasons == ()
     assert report.divergences()
     for found in report.divergences():
         assert found.near_tie
-        assert found.margin < 0.2
+        assert found.margin < 0.05
     report = check(session, precision="fp32")
     assert not any(found.near_tie for found in report.divergences())
     assert any("which is no near tie" in reason for reason in report.reasons)

@@ -1,13 +1,16 @@
 """The parity report as files: JSON that says what was found, and one page that needs nothing else."""
 
+import io
 import json
 import math
 import re
 import sys
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 
 import pytest
+from rich.console import Console
 
 from gemma_export.exporter.parity_report import (
     Continuation,
@@ -19,7 +22,8 @@ from gemma_export.exporter.parity_report import (
     ParityReport,
     PhaseErrors,
 )
-from gemma_export.exporter.report import number, render_html, write_report
+from gemma_export.exporter.report import render_html, report_table, write_report
+from gemma_export.exporter.report_figures import number
 from gemma_export.runtime.parity import BUDGETS, ParityFigures
 
 HOSTILE = "</p></style><script>alert('x')</script><img src=x onerror=alert(1)>&amp;\u202e\x00\"'"
@@ -141,8 +145,14 @@ def failing(text: str) -> ParityReport:
     )
 
 
+@cache
+def html(kind: str) -> str:
+    """The page of the plain or of the hostile report; drawing takes most of these tests' time."""
+    return render_html(REPORT if kind == "plain" else failing(HOSTILE))
+
+
 def test_the_page_is_well_formed_and_says_it_all():
-    page = Page(render_html(REPORT))
+    page = Page(html("plain"))
     assert page.tags.count("svg") == 3
     for words in (
         "gemma-2b, fp16 for onnx",
@@ -164,9 +174,9 @@ def test_the_page_is_well_formed_and_says_it_all():
         assert words in page.text, words
 
 
-@pytest.mark.parametrize("report", [REPORT, failing(HOSTILE)], ids=["plain", "hostile"])
-def test_the_page_runs_nothing_and_fetches_nothing(report):
-    text = render_html(report)
+@pytest.mark.parametrize("kind", ["plain", "hostile"])
+def test_the_page_runs_nothing_and_fetches_nothing(kind):
+    text = html(kind)
     page = Page(text)
     assert not {"script", "img", "link", "iframe", "object", "embed", "base", "form"} & set(page.tags)
     assert "http:" not in text
@@ -182,7 +192,7 @@ def test_the_page_runs_nothing_and_fetches_nothing(report):
 
 
 def test_hostile_text_is_shown_as_text():
-    page = Page(render_html(failing(HOSTILE)))
+    page = Page(html("hostile"))
     visible = HOSTILE.replace("\x00", "\ufffd")
     assert page.text.replace("\x00", "\ufffd").count("<script>alert('x')</script>") >= 12
     assert visible[:20] in page.text
@@ -192,7 +202,7 @@ def test_hostile_text_is_shown_as_text():
 
 
 def test_ids_are_unique_and_every_reference_has_one():
-    page = Page(render_html(REPORT))
+    page = Page(html("plain"))
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     referred = {value[1:] for name, value in page.attributes if name == "href"}
@@ -203,7 +213,7 @@ def test_ids_are_unique_and_every_reference_has_one():
 
 
 def test_plots_follow_the_colours_of_the_page():
-    svg = re.findall(r"<svg.*?</svg>", render_html(REPORT), re.DOTALL)
+    svg = re.findall(r"<svg.*?</svg>", html("plain"), re.DOTALL)
     for plot in svg:
         assert "var(--ink)" in plot
         assert "#0" not in plot
@@ -242,6 +252,18 @@ def test_writes_both_files(report, tmp_path):
     assert html_path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.parametrize("report", [REPORT, failing("[bold]x[/nothing]")], ids=["plain", "hostile"])
+def test_a_terminal_gets_the_same_figures(report):
+    console = Console(width=120, file=io.StringIO(), color_system=None)
+    console.print(report_table(report))
+    shown = console.file.getvalue()
+    assert f"{report.subject}: {report.verdict}" in shown
+    assert "Largest error of a logit / largest logit" in shown
+    assert "≤ 0.005" in shown
+    for reason in report.reasons:
+        assert reason in shown
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
@@ -250,7 +272,6 @@ def test_writes_both_files(report, tmp_path):
         (0.00012345, "0.000123"),
         (1.5e-9, "1.5 · 10⁻⁹"),
         (math.nan, "not a number"),
-        (None, "not a number"),
         (math.inf, "infinite"),
     ],
 )
