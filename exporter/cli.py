@@ -283,7 +283,7 @@ def parity(
             checkpoint=checkpoint,
             reference=reference.value,
             text=text,
-            level=level.value,
+            level="full" if level is Level.full else "quick",
             listener=listener,
         )
     if output is not None:

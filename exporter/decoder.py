@@ -178,7 +178,7 @@ class Decoder(nn.Module):
     def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> None:
         super().__init__()
         self.max_length, self.all_logits = max_length, all_logits
-        self.embedding_scale = config.hidden_size**0.5
+        self.embedding_scale: float = config.hidden_size**0.5
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)

@@ -177,7 +177,7 @@ def _read_blocks(
                 if stop.is_set():
                     return
                 _check_finite(block, item.tensor)
-                blocks.put(memoryview(block.contiguous().view(-1).view(torch.uint8).numpy()))
+                blocks.put(block.contiguous().view(-1).view(torch.uint8).numpy().data)
             end = item.offset + item.tensor.nbytes
         blocks.put(None)
     except BaseException as error:

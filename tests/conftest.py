@@ -1,4 +1,4 @@
-"""What tests of every room share: bundles built once, and the command line, in this process and in its own."""
+"""What tests of every room share: bundles built once; the command line, in this process and in its own."""
 
 import shutil
 import signal
@@ -17,6 +17,11 @@ from gemma_export.exporter.config import tiny_folder
 
 Invoke = Callable[[Sequence[object]], Outcome]
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The fast ones first."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
 
 
 @pytest.fixture

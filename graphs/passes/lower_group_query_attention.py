@@ -16,7 +16,7 @@ prefills.
 Illegal when:
   (1) the mask is not the causal mask made of `position_ids` (a window, a soft-cap: other attributes);
   (2) query, key and value do not come from one split of heads in that order, or are rotated by other tables;
-  (3) the head size is not a multiple of 8, which the operator's rotation needs.
+  (3) the head size is not a multiple of 16, which the operator's rotation needs.
 
 Source: onnxruntime `docs/ContribOperators.md`, com.microsoft.GroupQueryAttention.
 """
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from gemma_export.graphs.passes.patterns import ints
+from gemma_export.graphs.passes.patterns import ints, stand_in, users
 from gemma_export.graphs.spec import MICROSOFT
 
 
@@ -48,8 +48,8 @@ def _producer(value: ir.Value | None, op_type: str) -> ir.Node | None:
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    users = value.uses()
-    return users[0].node if len(users) == 1 and users[0].node.op_type == op_type else None
+    readers = users(value)
+    return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
 
 def is_causal_mask(mask: ir.Value | None) -> bool:
@@ -74,7 +74,8 @@ def _match(attention: ir.Node) -> _Layer | None:
     if rotary_k is None or rotary_k.inputs[1:] != rotary_q.inputs[1:]:
         return None
     split = _producer(rotary_q.inputs[0], "Split")
-    if split is None or [rotary_q.inputs[0], rotary_k.inputs[0], write_value.inputs[1]] != list(split.outputs):
+    parts = [rotary_q.inputs[0], rotary_k.inputs[0], write_value.inputs[1]]
+    if split is None or parts != list(split.outputs):
         return None
     transpose = _producer(split.inputs[0], "Transpose")
     reshape = _producer(transpose.inputs[0], "Reshape") if transpose is not None else None
@@ -84,7 +85,7 @@ def _match(attention: ir.Node) -> _Layer | None:
     if reshape is None or sizes is None or flat is None or reshape.inputs[0] is None:
         return None
     shape = ints(reshape.inputs[1]) or [0]
-    if shape[-1] % 8 != 0:
+    if shape[-1] % 16 != 0:
         return None
     return _Layer(
         attention,
@@ -138,7 +139,7 @@ def lower_group_query_attention(model: ir.Model) -> int:
         graph.insert_before(layer.attention, fused)
         replaced = (layer.output, layer.write_key.outputs[0], layer.write_value.outputs[0])
         for old, new in zip(replaced, fused.outputs, strict=True):
-            new.name, new.shape, new.dtype = old.name, old.shape, old.dtype
+            stand_in(new, old)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             old.name = f"{new.name}.replaced"
     model.opset_imports[MICROSOFT] = 1

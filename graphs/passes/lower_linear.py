@@ -13,6 +13,7 @@ Source: onnxruntime `docs/ContribOperators.md`, com.microsoft.FusedMatMul.
 import onnx_ir as ir
 
 from gemma_export.graphs.passes.merge_projections import find_linear
+from gemma_export.graphs.passes.patterns import stand_in
 from gemma_export.graphs.spec import MICROSOFT
 
 
@@ -29,7 +30,7 @@ def lower_linear(model: ir.Model) -> int:
         )
         graph.insert_before(linear.product, fused)
         new, old = fused.outputs[0], linear.output
-        new.name, new.shape, new.dtype = old.name, old.shape, old.dtype
+        stand_in(new, old)
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         old.name = f"{new.name}.replaced"
     if linears:

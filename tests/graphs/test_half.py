@@ -105,7 +105,8 @@ def test_fp16_stays_near_fp32(raw_graph: MakeGraph) -> None:
     schedule.remove_dead_code(half)
     feeds = decoder_feeds(reference, batch=1, tokens=3, start=2)
     narrow = {
-        name: value.astype(np.float16) if value.dtype == np.float32 else value for name, value in feeds.items()
+        name: value.astype(np.float16) if value.dtype == np.float32 else value
+        for name, value in feeds.items()
     }
     expected, logits = run(reference, feeds)["logits"], run(half, narrow)["logits"]
     # 2^-11 per rounding, a few tens of them: half a percent of the largest logit, and far from zero error.

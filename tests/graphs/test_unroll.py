@@ -38,7 +38,9 @@ def test_repeated_layers_have_their_own_weights_and_caches(num_layers: int) -> N
     assert results[0].shape == (2, 1, config.vocab_size)
     for result, expected in zip(results, [logits, *presents], strict=True):
         # Only the order of sums differs: some 50 roundings of 2^-24 on values around 1.
-        np.testing.assert_allclose(result, expected, rtol=0, atol=5e-6 * max(1.0, float(expected.abs().max())))
+        np.testing.assert_allclose(
+            result, expected, rtol=0, atol=5e-6 * max(1.0, float(expected.abs().max()))
+        )
 
 
 def test_a_layer_shares_what_does_not_depend_on_it(raw_graph: Callable[..., ir.Model]) -> None:
@@ -55,7 +57,12 @@ def test_a_graph_without_marks_is_refused(raw_graph: Callable[..., ir.Model]) ->
 def test_tracing_allocates_no_weight() -> None:
     """A released size is traced; its parameters alone would take 10 GB."""
     config = small_config(
-        vocab_size=256_000, hidden_size=2048, num_layers=18, num_query_heads=8, head_dim=256, intermediate_size=16384
+        vocab_size=256_000,
+        hidden_size=2048,
+        num_layers=18,
+        num_query_heads=8,
+        head_dim=256,
+        intermediate_size=16384,
     )
     model = trace(config, 64)
     assert all(

@@ -1,0 +1,50 @@
+"""How far every target and precision of the shipped model is from its reference.
+
+    python benchmarks/parity.py [--level quick|full]
+
+Builds each bundle in a temporary folder and prints what its gate measured. Speed is not measured here.
+"""
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from gemma_export.exporter.pipeline import build
+from gemma_export.exporter.request import SCHEMES, BuildRequest
+
+
+def main() -> None:
+    """Prints one row for each scheme."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--level", choices=["quick", "full"], default="full")
+    level = parser.parse_args().level
+    print(
+        "| target | precision | tokens | largest error | mean KL | same first choice | perplexity | verdict |"
+    )
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for target, precision in SCHEMES:
+            request = BuildRequest(
+                output=Path(folder) / f"{target}-{precision}",
+                size="tiny",
+                target=target,
+                precision=precision,
+                parity=level,
+                allow_parity_failure=True,
+            )
+            report = build(request).report
+            assert report is not None
+            figures = report.figures
+            change = figures.perplexity_change
+            print(
+                f"| {target} | {precision} | {figures.tokens} | {figures.max_relative_error:.1e} "
+                f"| {figures.mean_kl:.1e} | {figures.top1_agreement:.2%} "
+                f"| {'' if change is None else f'{change:+.4%}'} | {report.verdict} |",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

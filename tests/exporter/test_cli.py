@@ -1,0 +1,316 @@
+"""The command line as a process: streams, signals, exit codes, and what it imports."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from support.command_line import Outcome, assert_refused, command
+
+from gemma_export.version import __version__
+
+Invoke = Callable[[Sequence[object]], Outcome]
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+COMMANDS = ["build", "generate", "chat", "parity", "inspect", "verify"]
+HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "matplotlib")
+
+
+def without(*packages: str) -> str:
+    """Lines of Python after which packages are not there."""
+    return f"import sys; sys.modules |= dict.fromkeys({packages!r})"
+
+
+def outcome_of(ended: "subprocess.CompletedProcess[str]") -> Outcome:
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Help and imports
+
+
+@pytest.mark.parametrize("arguments", [[], *([command] for command in COMMANDS)], ids=["", *COMMANDS])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_help(arguments: list[str], option: str, invoke: Invoke) -> None:
+    outcome = invoke([*arguments, option])
+    assert outcome.code == 0
+    assert "Usage:" in outcome.out
+
+
+def test_version(invoke: Invoke) -> None:
+    assert invoke(["--version"]) == Outcome(0, f"gemma-export {__version__}\n", "")
+
+
+def test_module_is_the_command() -> None:
+    ended = subprocess.run(
+        [sys.executable, "-m", "gemma_export", "--version"], capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == f"gemma-export {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["dance"], ["build", "--loud"], ["generate"], ["build", "--seed", "x"], ["build", "--logits", "some"]],
+    ids=" ".join,
+)
+def test_what_there_is_not(arguments: list[str], invoke: Invoke) -> None:
+    outcome = invoke(arguments)
+    assert outcome.code == 2
+    assert not outcome.out
+    assert "Traceback" not in outcome.err
+
+
+@pytest.mark.parametrize("arguments", [["build", "--help"], ["inspect", "BUNDLE"]], ids=" ".join)
+def test_light_commands_need_no_extra(arguments: list[str], tiny_bundle: Path, run_cli: RunCli) -> None:
+    arguments = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    ended = run_cli(arguments, prelude=without(*HEAVY))
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_wrong_request_is_refused_before_anything_heavy_is_imported(run_cli: RunCli) -> None:
+    ended = run_cli(["build", "--size", "3b"], prelude=without(*HEAVY))
+    assert_refused(outcome_of(ended), 2, "no size '3b'")
+
+
+@pytest.mark.parametrize(
+    ("package", "arguments", "extra"),
+    [
+        ("torch", ["build", "--size", "tiny"], "gemma-export[export]"),
+        ("onnx_ir", ["build", "--size", "tiny"], "gemma-export[export]"),
+        ("onnxruntime", ["generate", "BUNDLE", "Once"], "gemma-export[cpu]"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_missing_extra(
+    package: str, arguments: list[str], extra: str, tiny_bundle: Path, tmp_path: Path, run_cli: RunCli
+) -> None:
+    arguments = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
+    outcome = outcome_of(run_cli(arguments, prelude=without(package), cwd=tmp_path))
+    assert_refused(outcome, 1, package, "not installed")
+    assert "pip install" in outcome.err
+    assert extra in outcome.err
+    assert names(tmp_path) == []
+
+
+def test_defect_is_said_without_a_traceback(run_cli: RunCli, tiny_bundle: Path) -> None:
+    prelude = "from gemma_export.runtime import bundle; bundle.open_bundle = None"
+    ended = run_cli(["verify", tiny_bundle], prelude=prelude)
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("defect: TypeError")
+    assert "Traceback" not in ended.stderr
+    ended = run_cli(["verify", tiny_bundle], prelude=prelude, env={**os.environ, "GEMMA_EXPORT_DEBUG": "1"})
+    assert "Traceback" in ended.stderr
+
+
+# Output
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_json_of_a_build(tmp_path: Path, invoke: Invoke) -> None:
+    outcome = invoke(["build", "--size", "tiny", "--parity", "none", "--json", "-o", tmp_path / "b"])
+    assert (outcome.code, outcome.err) == (0, "")
+    kinds = [event["event"] for event in outcome.events]
+    assert kinds[0] == "started"
+    assert {"progress", "finished"} < set(kinds)
+    assert kinds.count("result") == 1
+    result = outcome.events[-1]
+    assert result["bundle"] == str(tmp_path / "b")
+    assert result["manifest"] == json.loads((tmp_path / "b" / "manifest.json").read_text())
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_quiet_build(tmp_path: Path, invoke: Invoke) -> None:
+    build = ["build", "--size", "tiny", "--parity", "none", "--quiet"]
+    assert invoke([*build, "-o", tmp_path / "a"]) == Outcome(0, "", "")
+    outcome = invoke([*build, "-o", tmp_path / "b", "--json"])
+    assert [event["event"] for event in outcome.events] == ["result"]
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_summary_of_a_build(tmp_path: Path, invoke: Invoke) -> None:
+    output = tmp_path / "a b"
+    outcome = invoke(["build", "--size", "tiny", "--parity", "none", "-o", output])
+    assert outcome.code == 0
+    assert [line.split()[:2] for line in outcome.err.splitlines()] == [
+        ["✓", stage] for stage in ("checkpoint", "tokenizer", "trace", "passes", "weights")
+    ]
+    assert "not measured" in outcome.out
+    assert f"gemma-export generate '{output}' 'Once upon a time'" in outcome.out  # may be pasted into a shell
+
+
+def test_json_of_a_bundle(tiny_bundle: Path, invoke: Invoke) -> None:
+    outcomes = [
+        invoke(["verify", tiny_bundle, "--json"]),
+        invoke(["inspect", tiny_bundle, "--json"]),
+        invoke(["generate", tiny_bundle, "Once", "--max-new-tokens", "4", "--json"]),
+    ]
+    assert [(outcome.code, outcome.err, len(outcome.events)) for outcome in outcomes] == [(0, "", 1)] * 3
+    verified, manifest, generation = (outcome.events[0] for outcome in outcomes)
+    assert verified["verified"] is True
+    assert manifest == json.loads((tiny_bundle / "manifest.json").read_text())
+    assert len(generation["tokens"]) == 4
+    assert generation["finish_reason"] == "length"
+
+
+def test_json_of_a_failure_is_empty(tmp_path: Path, invoke: Invoke) -> None:
+    assert_refused(invoke(["verify", tmp_path, "--json"]), 1, "is not a bundle")
+
+
+def test_parity_report(tiny_bundle: Path, tmp_path: Path, invoke: Invoke) -> None:
+    outcome = invoke(["parity", tiny_bundle, "--level", "quick", "-o", tmp_path / "report"])
+    assert outcome.code == 0, outcome.err
+    assert "pass (quick)" in outcome.out
+    assert names(tmp_path / "report") == ["parity.html", "parity.json"]
+
+
+def test_parity_of_nothing(tiny_bundle: Path, invoke: Invoke) -> None:
+    assert_refused(invoke(["parity", tiny_bundle, "--level", "none"]), 2, "nothing to measure")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["generate", "Once"]], ids=lambda value: value[0])
+def test_reader_that_goes_away(arguments: list[str], tiny_bundle: Path) -> None:
+    name, *rest = arguments
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "wb") as pipe:
+        ended = subprocess.run(
+            command([name, tiny_bundle, *rest]), stdout=pipe, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (1, "")
+
+
+@pytest.mark.parametrize("arguments", [["inspect"], ["generate", "Once"]], ids=lambda value: value[0])
+def test_output_on_a_full_disk(arguments: list[str], tiny_bundle: Path) -> None:
+    name, *rest = arguments
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            command([name, tiny_bundle, *rest]), stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert_refused(Outcome(ended.returncode, "", ended.stderr), 1, "No space left on device")
+    assert len(ended.stderr.splitlines()) == 2
+
+
+def test_terminal_that_has_not_our_signs(tiny_bundle: Path, run_cli: RunCli) -> None:
+    ended = run_cli(["verify", tiny_bundle], env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ended.returncode == 0
+    assert ended.stdout.startswith("\\u2713 ")
+
+
+# Input
+
+
+def test_prompt_from_standard_input(tiny_bundle: Path, run_cli: RunCli) -> None:
+    arguments = ["generate", tiny_bundle, "-", "--max-new-tokens", "4", "--json"]
+    ended = run_cli(arguments, input=b"Once upon a time", text=False)
+    assert ended.returncode == 0
+    assert len(json.loads(ended.stdout)["tokens"]) == 4
+    ended = run_cli(arguments, input=b"caf\xe9", text=False)
+    assert_refused(Outcome(ended.returncode, "", ended.stderr.decode()), 2, "not UTF-8: byte 3")
+
+
+def test_chat_goes_on_after_a_bad_turn(tiny_bundle: Path, run_cli: RunCli) -> None:
+    turns = b"caf\xe9\n" + b"word " * 2000 + b"\nHello\n/reset\n\n/exit\n"
+    ended = run_cli(["chat", tiny_bundle, "--max-new-tokens", "4"], input=turns, text=False)
+    said = ended.stderr.decode()
+    assert ended.returncode == 0, said
+    assert said.count("error: ") == said.count("hint: ") == 2
+    assert "not valid UTF-8" in said
+    assert ended.stdout.decode().strip()
+
+
+def test_path_that_is_not_utf8(run_cli: RunCli) -> None:
+    ended = run_cli(["verify", os.fsdecode(b"caf\xe9")])
+    assert_refused(outcome_of(ended), 1, r"caf\udce9 is not there")
+
+
+# Signals
+
+ENDING = """
+import os, signal
+import onnx_ir as ir, torch
+from gemma_export.exporter import cli, pipeline, screen
+from gemma_export.exporter.events import StageProgress
+from gemma_export.graphs.tensors import InMemory, add_initializer
+
+def lower(*arguments):
+    # Weights without a graph around them: what is being interrupted is their writing.
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24}, name="weights")
+    add_initializer(graph, "weight", InMemory("weight", torch.zeros(16, 1 << 20)))
+    return pipeline._Graph(ir.Model(graph, ir_version=11), {}, ())
+
+class Ending(screen.JsonLines):
+    def __call__(self, event):
+        super().__call__(event)
+        if isinstance(event, StageProgress):
+            os.kill(os.getpid(), signal.NUMBER)
+
+pipeline._lower, cli.JsonLines = lower, Ending
+"""
+
+
+def end_while_writing(output: Path, number: str, run_cli: RunCli) -> Outcome:
+    arguments = ["build", "--size", "tiny", "--json", "-o", output]
+    return outcome_of(run_cli(arguments, prelude=ENDING.replace("NUMBER", number)))
+
+
+@pytest.mark.parametrize(("number", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_interrupted_build(number: str, code: int, tmp_path: Path, run_cli: RunCli) -> None:
+    outcome = end_while_writing(tmp_path / "b", number, run_cli)
+    assert outcome.events[-1]["stage"] == "weights"
+    assert outcome.code == code
+    assert outcome.err == "\nInterrupted. A bundle that was not finished is gone.\n"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.usefixtures("traced_once")
+def test_killed_build_does_not_stop_the_next(tmp_path: Path, run_cli: RunCli, invoke: Invoke) -> None:
+    outcome = end_while_writing(tmp_path / "b", "SIGKILL", run_cli)
+    assert outcome.events[-1]["stage"] == "weights"
+    assert outcome.code == -signal.SIGKILL
+    assert names(tmp_path) == [".b.lock", ".b.partial"]
+    assert "model.onnx.data" in names(tmp_path / ".b.partial")
+    assert invoke(["build", "--size", "tiny", "-q", "-o", tmp_path / "b", "--parity", "none"]).code == 0
+    assert invoke(["verify", tmp_path / "b"]).code == 0
+    assert names(tmp_path) == ["b"]
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_tracing(tmp_path: Path) -> None:
+    arguments = command(["build", "--size", "tiny", "--json", "-o", tmp_path / "b"])
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if json.loads(line) == {"event": "started", "stage": "trace", "detail": ""}:
+                assert names(tmp_path) == [".b.lock", ".b.partial"]
+                process.send_signal(signal.SIGINT)
+                break
+        _, said = process.communicate()
+    assert process.returncode == 130
+    assert said == "\nInterrupted. A bundle that was not finished is gone.\n"
+    assert names(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_whole_build_in_a_process_of_its_own(tmp_path: Path, run_cli: RunCli) -> None:
+    ended = run_cli(["build", "--size", "tiny", "--quiet"], cwd=tmp_path)
+    assert outcome_of(ended) == Outcome(0, "", "")
+    ended = run_cli(["generate", "bundles/gemma-tiny-fp32-cpu", "Once upon a time"], cwd=tmp_path)
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert len(ended.stdout) > 20
+
+
+def test_two_builds_into_one_folder(tmp_path: Path, invoke: Invoke) -> None:
+    from gemma_export.exporter.bundle import new_bundle
+
+    output = tmp_path / "b"
+    with new_bundle(output, force=False) as folder:
+        assert_refused(invoke(["build", "--size", "tiny", "-q", "-o", output]), 2, "Another build is writing")
+        (folder / "manifest.json").write_text("{}")
+    assert names(tmp_path) == ["b"]

@@ -1,0 +1,61 @@
+"""Bundles run by onnxruntime-genai as they are: nothing is converted, and no file is added."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_export.exporter.pipeline import BuildResult
+from gemma_export.runtime.session import load
+
+og = pytest.importorskip("onnxruntime_genai")
+
+BUNDLES = {
+    "cpu-fp32": {"target": "cpu", "precision": "fp32"},
+    # Two formats in one file, and still fp32 between the operators.
+    "cpu-fp16": {"target": "cpu", "precision": "fp16"},
+    # The canonical graph: standard operators only.
+    "onnx-fp32": {"target": "onnx", "precision": "fp32"},
+}
+NEW_TOKENS = 64
+TEXTS = ["MENENIUS:\nWhat is the matter", "It was on a dreary night", "  two  spaces,\n\n\tand tabs: naïve 😀"]
+
+
+def greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> list[int]:
+    parameters = og.GeneratorParams(model)
+    parameters.set_search_options(max_length=len(prompt) + new_tokens)
+    generator = og.Generator(model, parameters)
+    generator.append_tokens(list(prompt))
+    while not generator.is_done():
+        generator.generate_next_token()
+    return [int(token) for token in generator.get_sequence(0)[len(prompt) :]]
+
+
+@pytest.fixture(params=BUNDLES)
+def bundle(request: pytest.FixtureRequest, build_once: Callable[..., BuildResult]) -> Path:
+    return build_once(size="tiny", **BUNDLES[request.param]).path
+
+
+def test_says_what_the_projects_runtime_says(bundle: Path) -> None:
+    session, model = load(bundle, threads=1), og.Model(str(bundle))
+    tokenizer = og.Tokenizer(model)
+    tokenizer.update_options(add_special_tokens=True)
+    generated = 0
+    for text in TEXTS:
+        prompt = session.tokenizer.encode(text)
+        assert tokenizer.encode(text).tolist() == prompt
+        expected = session.generate_tokens(prompt, max_new_tokens=NEW_TOKENS)
+        assert greedy(model, prompt, NEW_TOKENS) == expected
+        assert tokenizer.decode(expected) == str(session.generate(text, max_new_tokens=NEW_TOKENS))
+        generated = max(generated, len(expected))
+    assert generated >= 40
+
+
+def test_a_prompt_of_one_token_and_a_cache_filled_to_its_end(bundle: Path) -> None:
+    session, model = load(bundle, threads=1), og.Model(str(bundle))
+    slots = session.max_length
+    assert greedy(model, [2], 12) == session.generate_tokens([2], max_new_tokens=12)
+    prompt = (session.tokenizer.encode(TEXTS[0]) * slots)[: slots - 8]
+    # genai counts the tokens, this project the slots: it generates one more, which needs none.
+    assert greedy(model, prompt, 8) == session.generate_tokens(prompt, stop_tokens=())[:8]

@@ -1,0 +1,147 @@
+"""Little Gemmas that Hugging Face's `transformers` writes, and runs as the independent oracle.
+
+It shares no line with the exporter. Everything is in fp32 with eager attention, whatever the checkpoint's format.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from support.small_bundle import TOKENIZER
+
+Logits = npt.NDArray[np.float32]
+
+SLOTS = 320
+"""Cache slots of the bundles: a prompt and 200 tokens more."""
+RELATIVE_ERROR = 1e-5
+"""Of the largest logit, between two fp32 programs that sum in another order. A sum of n terms is off by about
+sqrt(n) · 2^-24: 5e-7 at the n <= 128 of these models and 1e-6 after all layers, which is what is measured. Ten
+times that leaves room for other processors; the mildest of the defects that tests plant is over 1e-4."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """A shape of Gemma, and the number format its checkpoint is stored in."""
+
+    query_heads: int
+    kv_heads: int
+    hidden: int
+    head_dim: int
+    dtype: torch.dtype
+    seed: int
+
+
+FAMILIES = {
+    # As the 2B: one KV head, H · h = d.
+    "mqa": Family(query_heads=4, kv_heads=1, hidden=64, head_dim=16, dtype=torch.float32, seed=1),
+    # As the 7B: as many KV heads as query heads, and H · h > d; h is not d / H.
+    "mha": Family(query_heads=4, kv_heads=4, hidden=48, head_dim=32, dtype=torch.bfloat16, seed=1),
+    # Between the two, H · h < d, and a d whose root is not a whole number.
+    "gqa": Family(query_heads=4, kv_heads=2, hidden=72, head_dim=16, dtype=torch.float16, seed=1),
+}
+LAYERS, FEED_FORWARD, VOCABULARY = 2, 96, 2048
+
+
+def random_gemma(family: Family, **config: Any) -> Any:
+    """A `GemmaForCausalLM` with random weights that are exact in the family's format.
+
+    The layers add far more to the residual stream than the embedding, so that greedy text wanders instead of
+    repeating the last token (the head is tied), and the tokens are far enough apart for ties to be rare.
+    """
+    import transformers
+
+    settings = transformers.GemmaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=family.hidden,
+        intermediate_size=FEED_FORWARD,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=family.query_heads,
+        num_key_value_heads=family.kv_heads,
+        head_dim=family.head_dim,
+        max_position_embeddings=512,
+        hidden_act="gelu_pytorch_tanh",
+        hidden_activation="gelu_pytorch_tanh",
+        **config,
+    )
+    model = transformers.GemmaForCausalLM(settings).float().eval()
+    generator = torch.Generator().manual_seed(family.seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            values = torch.randn(parameter.shape, generator=generator) * _scale(name, parameter)
+            parameter.copy_(values.to(family.dtype))
+    return model
+
+
+def _scale(name: str, parameter: torch.Tensor) -> float:
+    if parameter.ndim == 1:
+        return 0.2
+    if "embed_tokens" in name:
+        return 0.15
+    gain = 15.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 2.0
+    return float(gain * parameter.shape[1] ** -0.5)
+
+
+def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Path:
+    """Saves as Hugging Face does, in `dtype`, with the shipped tokenizer beside the weights."""
+    import copy
+
+    copy.deepcopy(model).to(dtype).save_pretrained(folder, **options)
+    shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
+    return folder
+
+
+def load_oracle(folder: Path) -> Any:
+    """The model of a folder as `transformers` reads it, in fp32."""
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+    ).eval()
+
+
+@torch.inference_mode()
+def oracle_logits(model: Any, tokens: Sequence[int]) -> Logits:
+    """Logits after every token [T, V], in one pass without a cache."""
+    logits: Logits = model(torch.tensor([list(tokens)]), use_cache=False).logits[0].float().numpy()
+    return logits
+
+
+@torch.inference_mode()
+def oracle_greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """`count` greedy tokens by `transformers`' own generation over its own cache; no token stops it."""
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count, pad_token_id=0
+    )
+    return [int(token) for token in out[0, len(prompt) :]]
+
+
+def assert_greedy(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> None:
+    """Asserts that `tokens` are the oracle's own greedy continuation of `prompt`, and not by a near tie.
+
+    One pass over both: as long as its arg-max at each position is the next token, so is its continuation. The
+    margin of each choice must be larger than the two logits can be off, or the test could pass or fail by it.
+    """
+    logits = oracle_logits(model, [*prompt, *tokens[:-1]])
+    rows = logits[len(prompt) - 1 :]
+    assert rows.argmax(axis=1).tolist() == list(tokens)
+    best = np.sort(rows, axis=1)[:, -2:]
+    assert (best[:, 1] - best[:, 0]).min() > 2 * RELATIVE_ERROR * np.abs(logits).max()
+
+
+def relative_error(reference: Logits, logits: Logits) -> float:
+    """Largest difference, of the largest logit."""
+    assert reference.shape == logits.shape
+    return float(np.abs(reference - logits).max() / np.abs(reference).max())
+
+
+def random_tokens(count: int, seed: int = 0) -> list[int]:
+    """Ids of pieces that are no control tokens; the first is <bos>."""
+    rng = np.random.default_rng(seed)
+    return [2, *rng.integers(300, VOCABULARY, count - 1).tolist()]
