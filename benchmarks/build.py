@@ -5,8 +5,8 @@
 
 The build and the copy run in turns (A B A B …), each in a process of its own, and the ratio is taken pair by
 pair: the machine's speed may drift, both halves of a pair see the same. Memory is the operating system's own
-count of the finished process (`ru_maxrss`), mapped files included. Where the disk has no room for the copy, only
-the build is measured.
+count of the finished process (`ru_maxrss`), mapped files included. Where the disk has no room for a copy,
+only the build is measured.
 """
 
 import argparse
