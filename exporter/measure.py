@@ -38,7 +38,6 @@ _MERGED = {
     "gate_proj": "gate_up_proj",
     "up_proj": "gate_up_proj",
     "product": "gated",
-    "logits": "lm_head",
 }
 
 

@@ -4,7 +4,10 @@ Each operator gets one format; values that cross between two are cast, once each
 
 - what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), the scaled
   embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
-- whatever `keep` names: the range audit's findings.
+- whatever `keep` names, the range audit's findings, and what reads it: cast to 16 bits on its way into the next
+  operator, a value that leaves the range would be infinite there.
+
+A cache has the format of the contract: keys or values that leave it cannot be kept, and parity says so.
 
 An operator that only moves numbers has the format of what it moves. Weights of an operator in an island are
 still stored in 16 bits and cast where they are used, unless they themselves are named; gains and rotary
@@ -25,6 +28,9 @@ ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add"})
 
 MOVES = frozenset({"Gather", "Reshape", "Transpose", "Split", "Slice"})
 """Operators that compute nothing."""
+
+PASSES_ON = (MOVES - {"Gather"}) | {"Cast"}
+"""Operators whose first operand's numbers are their result's: the name of the one is that of the other."""
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -116,15 +122,17 @@ def _is_float(value: ir.Value) -> bool:
 def _is_island(node: ir.Node, keep: Collection[str]) -> bool:
     if node.op_type in ALWAYS_FP32 or any(output.name in keep for output in node.outputs):
         return True
+    if node.op_type == "TensorScatter":
+        return False  # The cache's format is the contract's, whatever is written.
     read = [_moved_from(operand) for operand in node.inputs if operand is not None]
     scales_embedding = node.op_type == "Mul" and any(_is_looked_up(value) for value in read)
-    return scales_embedding or any(value.name in keep for value in read if value.is_initializer())
+    return scales_embedding or any(value.name in keep for value in read)
 
 
 def _moved_from(value: ir.Value) -> ir.Value:
-    """The value before casts and transposes."""
+    """The value before casts, and before what only moves numbers about."""
     producer = value.producer()
-    if producer is not None and producer.op_type in ("Cast", "Transpose") and producer.inputs[0] is not None:
+    if producer is not None and producer.op_type in PASSES_ON and producer.inputs[0] is not None:
         return _moved_from(producer.inputs[0])
     return value
 

@@ -35,7 +35,7 @@ def main() -> int:
     torch.set_num_threads(options.threads)
     try:
         texts = read_texts(options.data)
-    except FileNotFoundError as error:
+    except (FileNotFoundError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     content = train_tokenizer(text.train for text in texts)
@@ -87,7 +87,7 @@ def arguments() -> argparse.Namespace:
     files = " and ".join(FILES.values())
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {files}")
     parser.add_argument("--out", type=Path, default=PACKAGE, help="folder to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="seed of all that is random (%(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the weights and rows (%(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (%(default)s)")
     return parser.parse_args()
@@ -142,7 +142,8 @@ def continuation(
             ids.append(int(tokens[torch.multinomial((values / temperature).softmax(0), 1)]))
         else:
             ids.append(int(logits.argmax()))
-    return pieces.decode(ids[given:])
+    text: str = pieces.decode(ids[given:])
+    return text
 
 
 if __name__ == "__main__":

@@ -43,6 +43,7 @@ def read_texts(folder: Path) -> list[Text]:
 
     Raises:
         FileNotFoundError: A text is missing; the message says which and what to do.
+        ValueError: A text is not UTF-8 or is not laid out in paragraphs.
     """
     texts = []
     for name, file in FILES.items():
@@ -51,7 +52,9 @@ def read_texts(folder: Path) -> list[Text]:
             names = " and ".join(FILES.values())
             raise FileNotFoundError(f"{path} is not there; --data must name a folder with {names}.")
         whole = path.read_text(encoding="utf-8")
-        cut = whole.index("\n\n", int(len(whole) * (1 - HELD_OUT))) + 2
+        cut = whole.find("\n\n", int(len(whole) * (1 - HELD_OUT))) + 2
+        if cut < 2:
+            raise ValueError(f"{path} ends without a blank line in sight; set its paragraphs apart by one.")
         texts.append(Text(name, whole[:cut], whole[cut:]))
     return texts
 
@@ -75,9 +78,9 @@ def encode(pieces: spm.SentencePieceProcessor, text: str, dropout: float) -> lis
         text: Any text.
         dropout: Probability of leaving out each merge (BPE-dropout); 0 gives the usual ids.
     """
-    if dropout > 0:
-        return pieces.encode(text, enable_sampling=True, alpha=dropout, nbest_size=-1)
-    return pieces.encode(text)
+    # SentencePiece salts its generator in every process, so that no seed makes these draws repeat.
+    ids: list[int] = pieces.encode(text, enable_sampling=dropout > 0, alpha=dropout, nbest_size=-1)
+    return ids
 
 
 def windows(ids: list[int], length: int, start: int = 0) -> Iterator[list[int]]:

@@ -9,6 +9,7 @@ from safetensors.torch import save
 from transformers import GemmaForCausalLM
 
 from recipes.tiny.tokenizer import BOS, END_OF_TURN, EOS, PAD
+from recipes.tiny.train import ROPE_THETA
 
 
 def write(folder: Path, name: str, content: bytes) -> None:
@@ -49,7 +50,7 @@ def write_model(folder: Path, model: GemmaForCausalLM) -> None:
             "hidden_activation": shape.hidden_act,
             "max_position_embeddings": shape.max_position_embeddings,
             "rms_norm_eps": shape.rms_norm_eps,
-            "rope_theta": shape.rope_parameters["rope_theta"],
+            "rope_theta": ROPE_THETA,
             "rope_scaling": None,
             "attention_bias": False,
             "attention_dropout": 0.0,
@@ -81,4 +82,6 @@ def read_model(folder: Path) -> GemmaForCausalLM:
     Args:
         folder: What ``write_model`` wrote.
     """
-    return GemmaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: GemmaForCausalLM = GemmaForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()  # type: ignore[no-untyped-call]
+    return model

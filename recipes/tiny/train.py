@@ -13,6 +13,7 @@ from transformers import AttentionInterface, GemmaConfig, GemmaForCausalLM
 from recipes.tiny.corpus import Text, epoch
 from recipes.tiny.tokenizer import BOS, EOS, PAD, VOCABULARY
 
+ROPE_THETA = 10000.0
 IGNORED = -100  # The target index that cross_entropy skips.
 
 
@@ -22,7 +23,7 @@ class Settings:
 
     Attributes:
         steps: Optimiser steps.
-        seed: Seeds the weights, the rows and the dropout.
+        seed: Seeds the weights, the rows and the dropout, but not the BPE-dropout, which takes no seed.
         rows: Rows in a batch.
         length: Ids in a row, <bos> included.
         peak_rate: Learning rate after the warm-up.
@@ -66,7 +67,7 @@ def config(length: int) -> GemmaConfig:
         hidden_act="gelu_pytorch_tanh",
         max_position_embeddings=length,
         rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         tie_word_embeddings=True,
         pad_token_id=PAD,
         eos_token_id=EOS,
@@ -94,11 +95,11 @@ def train(
         The averaged model, float32, in evaluation mode; and the number of target tokens trained on.
     """
     torch.manual_seed(settings.seed)
-    spm.set_random_generator_seed(settings.seed)
     model = GemmaForCausalLM(config(settings.length)).train()
     model.set_attn_implementation("grouped")
     drop_out(model, settings.dropout)
-    averaged = GemmaForCausalLM(config(settings.length)).eval()
+    averaged = GemmaForCausalLM(config(settings.length))
+    averaged.eval()  # type: ignore[no-untyped-call]
     averaged.load_state_dict(model.state_dict())
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
@@ -119,7 +120,7 @@ def train(
         loss = nn.functional.cross_entropy(
             logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED
         )
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimiser.step()
         schedule.step()

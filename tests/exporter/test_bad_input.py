@@ -162,6 +162,7 @@ def test_weight_that_is_no_number(
     only(tmp_path, "checkpoint")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("traced_once")
 def test_weight_beyond_fp16_is_kept_in_fp32(tiny_checkpoint: Path, tmp_path: Path, invoke: Invoke) -> None:
     set_weight(DOWN, poke(70000.0))(tiny_checkpoint)

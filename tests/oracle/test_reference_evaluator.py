@@ -10,14 +10,14 @@ import onnxruntime
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
-from support.oracle import RELATIVE_ERROR, SLOTS, random_tokens, relative_error
+from support.oracle import FAMILIES, RELATIVE_ERROR, SLOTS, random_tokens, relative_error
 
 from gemma_export.exporter.decoder import Decoder, rotary_tables
 from gemma_export.exporter.pipeline import BuildResult
 from gemma_export.exporter.source import Source, open_source
 
 Run = Callable[[dict[str, Any]], dict[str, Any]]
-heads = pytest.mark.parametrize("family", ["mqa", "mha"])
+each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def graph_of(build_once: Callable[..., BuildResult], checkpoint: Path) -> Path:
@@ -92,14 +92,14 @@ def steps(run: Run, source: Source, rows: int) -> list[dict[str, Any]]:
     return found
 
 
-@heads
+@each_family
 def test_the_checker_has_nothing_to_say(graph: Path) -> None:
     onnx.checker.check_model(str(graph), full_check=True)
     model = onnx.load(graph, load_external_data=False)
     assert {entry.domain: entry.version for entry in model.opset_import} == {"": 24}
 
 
-@heads
+@each_family
 @pytest.mark.parametrize("rows", [1, 2])
 def test_the_specification_onnxruntime_and_the_decoder_agree(graph: Path, source: Source, rows: int) -> None:
     specified = steps(by_the_specification(graph), source, rows)
