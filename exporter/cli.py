@@ -1,54 +1,28 @@
-"""The command `gemma-export`: what is typed becomes a request, events become a screen, errors an exit code.
+"""The command `gemma-export`: what is typed becomes a request, and events become a screen.
 
-Exit codes: 0 done, 1 it failed, 2 it was asked for wrongly, 128 + n ended by the signal n (130: Ctrl-C).
+What only some commands need is imported by those: `--help`, `inspect` and `generate` work without torch.
 """
 
 import json
-import os
-import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from enum import StrEnum
-from io import TextIOWrapper
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from shlex import quote
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from gemma_export.errors import (
-    GemmaExportError,
-    MissingDependencyError,
-    PromptError,
-    StorageError,
-    UsageError,
-)
+from gemma_export.errors import PromptError
 from gemma_export.exporter import events
+from gemma_export.exporter.process import err, out, run, show_error
+from gemma_export.exporter.request import ParityLevel
 from gemma_export.exporter.screen import JsonLines, Screen, bundle_table, parity_table
 from gemma_export.runtime.bundle import Manifest
+from gemma_export.runtime.manifest import LogitsKind
 from gemma_export.version import __version__
-
-DEBUG = "GEMMA_EXPORT_DEBUG"
-"""Set to 1, this environment variable shows the traceback of a defect."""
-
-_INTERRUPTED = tuple(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-
-# The packages of each extra, by the name they are imported under.
-_EXTRAS = {
-    "torch": "export",
-    "onnx": "export",
-    "onnx_ir": "export",
-    "onnxscript": "export",
-    "safetensors": "export",
-    "tokenizers": "export",
-    "onnxruntime": "cpu",
-    "transformers": "parity",
-    "matplotlib": "parity",
-}
 
 app = typer.Typer(
     name="gemma-export",
@@ -59,31 +33,6 @@ app = typer.Typer(
     help="Turn a Gemma checkpoint into a bundle that runs on a device, and prove that it says the same.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
-
-
-class Level(StrEnum):
-    """How much a parity gate measures."""
-
-    none = "none"
-    quick = "quick"
-    full = "full"
-
-
-class LogitsOf(StrEnum):
-    """Whose logits a graph gives."""
-
-    last = "last"
-    all = "all"
-
-
-class ReferenceKind(StrEnum):
-    """What a bundle is held against."""
-
-    eager = "eager"
-    transformers = "transformers"
-
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that `build` wrote.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for programs.")]
@@ -112,9 +61,11 @@ def build(
         int | None, typer.Option(help="Tokens of prompt and answer together; by default the model's context.")
     ] = None,
     logits: Annotated[
-        LogitsOf, typer.Option(help="Of the last token, or of all (for perplexity).")
-    ] = LogitsOf.last,
-    parity: Annotated[Level, typer.Option(help="How much to measure against the checkpoint.")] = Level.quick,
+        LogitsKind, typer.Option(help="Of the last token, or of all (for perplexity).")
+    ] = "last",
+    parity: Annotated[
+        ParityLevel, typer.Option(help="How much to measure against the checkpoint.")
+    ] = "quick",
     allow_parity_failure: Annotated[
         bool, typer.Option("--allow-parity-failure", help="Keep a bundle that is outside its budget.")
     ] = False,
@@ -138,16 +89,16 @@ def build(
         precision=precision,
         target=target,
         max_length=max_length,
-        logits=logits.value,
-        parity=parity.value,
+        logits=logits,
+        parity=parity,
         allow_parity_failure=allow_parity_failure,
         tokenizer=tokenizer,
         force=force,
     )
     with _listening(as_json=as_json, quiet=quiet) as listener:
-        from gemma_export.exporter.pipeline import build as run
+        from gemma_export.exporter import pipeline
 
-        result = run(request, listener)
+        result = pipeline.build(request, listener)
     if as_json:
         JsonLines(out).write(
             {
@@ -160,14 +111,11 @@ def build(
     elif not quiet:
         out.print()
         out.print(bundle_table(result.manifest))
-        path = _shell(result.path)
         out.print(
             f"\n[bold]{escape(str(result.path))}[/] is ready, {result.seconds:.1f} s. Next:", highlight=False
         )
-        out.print(f"  gemma-export generate {path} 'Once upon a time'", highlight=False, markup=False)
-        out.print(f"  gemma-export chat {path}", highlight=False, markup=False)
-        if result.report is not None:
-            out.print(f"  open {_shell(result.path / 'parity.html')}", highlight=False, markup=False)
+        for line in _next_steps(result.path, result.manifest):
+            out.print(f"  {line}", highlight=False, markup=False)
 
 
 @app.command()
@@ -247,7 +195,7 @@ def chat(
             )
             _stream(answer)
         except (ContextFullError, PromptError) as error:
-            _show_error(error)
+            show_error(error)
         except KeyboardInterrupt:
             err.print("\n[dim]interrupted; the answer counts as far as it came[/]", highlight=False)
 
@@ -259,20 +207,19 @@ def parity(
         Path | None, typer.Option(help="The checkpoint; by default the one the bundle was built from.")
     ] = None,
     reference: Annotated[
-        ReferenceKind, typer.Option(help="Our decoder layer by layer, or transformers, whole.")
-    ] = ReferenceKind.eager,
+        Literal["eager", "transformers"],
+        typer.Option(help="Our decoder layer by layer, or transformers, whole."),
+    ] = "eager",
     text: Annotated[
         Path | None, typer.Option(help="Text to measure on; by default the project's own.")
     ] = None,
-    level: Annotated[Level, typer.Option(help="quick or full.")] = Level.full,
+    level: Annotated[Literal["quick", "full"], typer.Option(help="How much to measure.")] = "full",
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for parity.json and parity.html.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure how far a bundle is from its checkpoint."""
-    if level is Level.none:
-        raise UsageError("There is nothing to measure with --level none.", "Choose quick or full.")
     with _listening(as_json=as_json, quiet=False) as listener:
         from gemma_export.exporter.measure import measure_bundle
         from gemma_export.exporter.report import write_report
@@ -281,9 +228,9 @@ def parity(
         report = measure_bundle(
             bundle,
             checkpoint=checkpoint,
-            reference=reference.value,
+            reference=reference,
             text=text,
-            level="full" if level is Level.full else "quick",
+            level=level,
             listener=listener,
         )
     if output is not None:
@@ -295,7 +242,7 @@ def parity(
     else:
         out.print(parity_table(report))
         if output is not None:
-            out.print(f"\nopen {_shell(output / 'parity.html')}", highlight=False, markup=False)
+            out.print(f"\nopen {quote(str(output / 'parity.html'))}", highlight=False, markup=False)
     if report.verdict != "pass":
         raise typer.Exit(1)
 
@@ -345,66 +292,8 @@ def root(
 
 
 def main() -> None:
-    """Runs the command line; the only place that turns an error into an exit code."""
-    _prepare_process()
-    try:
-        app()
-    except SystemExit as end:
-        if end.code in _INTERRUPTED:
-            err.print("\nInterrupted. A bundle that was not finished is gone.", highlight=False)
-        raise
-    except GemmaExportError as error:
-        _fail(error)
-    except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
-        if extra is None:
-            _defect(error)
-        _fail(
-            MissingDependencyError(
-                f"The package {error.name} is not installed.",
-                f'Install it: pip install "gemma-export[{extra}]"',
-            )
-        )
-    except OSError as error:
-        _fail(StorageError(f"The system refused: {error}.", "Check the disk and the permissions."))
-    except Exception as error:
-        _defect(error)
-
-
-def _prepare_process() -> None:
-    """Streams that take any text, and an orderly end when another process asks for one."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, TextIOWrapper):
-        sys.stdin.reconfigure(errors="surrogateescape")  # What is not UTF-8 is refused where it is a prompt.
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:
-            signal.signal(number, _end)
-
-
-def _end(number: int, frame: FrameType | None) -> None:
-    """Ends the process through every `finally`, as Ctrl-C does."""
-    sys.exit(128 + number)
-
-
-def _fail(error: GemmaExportError) -> NoReturn:
-    _show_error(error)
-    sys.exit(error.exit_code)
-
-
-def _defect(error: Exception) -> NoReturn:
-    """Reports what should not happen, without a traceback unless one is asked for."""
-    if os.environ.get(DEBUG) == "1":
-        raise error
-    err.print(f"[bold red]defect:[/] {type(error).__name__}: {escape(str(error))}", highlight=False)
-    err.print(f"[bold]hint:[/] Please report it, with what is shown when {DEBUG}=1 is set.", highlight=False)
-    sys.exit(1)
-
-
-def _show_error(error: GemmaExportError) -> None:
-    err.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False)
-    err.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False)
+    """The entry point."""
+    run(app)
 
 
 def _show_extra(extra: tuple[str, ...]) -> None:
@@ -469,8 +358,13 @@ def _as_json(manifest: Manifest) -> dict[str, Any]:
     return values
 
 
-def _shell(path: Path) -> str:
-    """A path as one can paste it into a shell."""
-    from shlex import quote
-
-    return quote(str(path))
+def _next_steps(path: Path, manifest: Manifest) -> Iterator[str]:
+    """What to type after a build, as one can paste it into a shell."""
+    shell = quote(str(path))
+    if manifest.compute_dtype != "bfloat16":  # A CPU, which is what these run on, has no arithmetic for it.
+        yield f"gemma-export generate {shell} 'Once upon a time'"
+        yield f"gemma-export chat {shell}"
+    if manifest.parity.verdict == "not run":
+        yield f"gemma-export parity {shell}"
+    else:
+        yield f"open {quote(str(path / 'parity.html'))}"

@@ -78,8 +78,8 @@ def graph_name(observed: str) -> str:
 def measure_parity(folder: Path, source: Source, *, level: Level, listener: events.Listener) -> ParityReport:
     """Holds a bundle against the source it was built from, on the project's own texts."""
     reference = Reference(source.config, source.weights)
-    with measurable_session(folder) as session:
-        return _measure(session, reference, builtin_texts(), level, source.config.name, listener)
+    session = measurable_session(folder)
+    return _measure(session, reference, builtin_texts(), level, source.config.name, listener)
 
 
 def measure_bundle(
@@ -113,8 +113,8 @@ def measure_bundle(
         if source.checkpoint.digest() != opened.manifest.checkpoint.digest:
             listener(events.Note("This is not the checkpoint that the bundle was built from."))
     against = _reference(reference, source)
-    with measurable_session(opened.path) as session:
-        return _measure(session, against, passages, level, str(bundle), listener)
+    session = measurable_session(opened.path)
+    return _measure(session, against, passages, level, str(bundle), listener)
 
 
 def _measure(

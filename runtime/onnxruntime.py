@@ -29,6 +29,9 @@ _ELEMENT_TYPE = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 # onnxruntime's own spelling of the same.
 _ORT_TYPE = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 
+# Where a graph that is not a file finds its weights.
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
+
 _FATAL = 4  # onnxruntime's log level: what it logs as an error it also raises, and we tell it once
 
 
@@ -38,13 +41,15 @@ class OnnxRuntimeBackend:
     Args:
         bundle: A bundle that has been checked.
         threads: Threads within an operator; None lets onnxruntime take one per physical core.
+        graph: A serialized graph to run in place of the bundle's, over the same weights; the manifest must
+            describe it.
 
     Raises:
         BundleError: onnxruntime cannot load the graph, or the graph has another contract.
         UsageError: `threads` is below 1.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None) -> None:
+    def __init__(self, bundle: Bundle, threads: int | None = None, *, graph: bytes | None = None) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}.", "Give at least 1, or leave it out.")
         self._manifest = bundle.manifest
@@ -53,13 +58,16 @@ class OnnxRuntimeBackend:
         options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL
         path = bundle.file(bundle.manifest.graph.file)
+        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                graph or str(path), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:
             # onnxruntime's exceptions share no base of their own.
             raise BundleError(
                 f"onnxruntime {ort.__version__} cannot load {path}: {_first_line(error)}",
-                "Install onnxruntime 1.30 or later; if it is, build the bundle again.",
+                _hint(bundle.manifest),
             ) from error
         _check_contract(self._session, bundle.manifest)
         self._bound: WeakKeyDictionary[KVCache, _Binding] = WeakKeyDictionary()
@@ -87,6 +95,15 @@ class OnnxRuntimeBackend:
         if binding is None:
             binding = self._bound[cache] = _Binding(self._session, self._manifest, cache)
         return binding.run(input_ids, position_ids)
+
+
+def _hint(manifest: Manifest) -> str:
+    if manifest.compute_dtype == "bfloat16":
+        return (
+            "A CPU has no bfloat16 arithmetic; this graph is for a device that has. To run it here, build it "
+            "with --target cpu."
+        )
+    return "Install onnxruntime 1.30 or later; if it is, build the bundle again."
 
 
 class _Binding:

@@ -4,8 +4,8 @@ Each operator gets one format; values that cross between two are cast, once each
 
 - what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), the scaled
   embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
-- whatever `keep` names, the range audit's findings, and what reads it: cast to 16 bits on its way into the next
-  operator, a value that leaves the range would be infinite there.
+- whatever `keep` names, the range audit's findings, and what reads it: cast to 16 bits on its way into the
+  next operator, a value that leaves the range would be infinite there.
 
 A cache has the format of the contract: keys or values that leave it cannot be kept, and parity says so.
 

@@ -170,10 +170,6 @@ def test_parity_report(tiny_bundle: Path, tmp_path: Path, invoke: Invoke) -> Non
     assert names(tmp_path / "report") == ["parity.html", "parity.json"]
 
 
-def test_parity_of_nothing(tiny_bundle: Path, invoke: Invoke) -> None:
-    assert_refused(invoke(["parity", tiny_bundle, "--level", "none"]), 2, "nothing to measure")
-
-
 @pytest.mark.parametrize("arguments", [["inspect"], ["generate", "Once"]], ids=lambda value: value[0])
 def test_reader_that_goes_away(arguments: list[str], tiny_bundle: Path) -> None:
     name, *rest = arguments

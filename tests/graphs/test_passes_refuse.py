@@ -181,7 +181,6 @@ def no_activation(graph: ir.Graph) -> None:
 def both_activated(graph: ir.Graph) -> None:
     up = linear(graph, "layers.0.mlp.up_proj.weight").outputs[0]
     gelu = ir.node("Gelu", [up], attributes={"approximate": "tanh"})
-    (use,) = up.uses()[:1]
     user = next(use.node for use in up.uses() if use.node is not gelu)
     graph.insert_before(user, gelu)
     gelu.outputs[0].dtype, gelu.outputs[0].name = ir.DataType.FLOAT, "activated_up"

@@ -67,7 +67,9 @@ def run(model: ir.Model, feeds: dict[str, npt.NDArray[np.generic]]) -> dict[str,
     return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def decoder_feeds(model: ir.Model, *, batch: int, tokens: int, start: int) -> dict[str, npt.NDArray[np.generic]]:
+def decoder_feeds(
+    model: ir.Model, *, batch: int, tokens: int, start: int
+) -> dict[str, npt.NDArray[np.generic]]:
     """Random tokens at positions from `start` on, over a cache full of random numbers."""
     rng = np.random.default_rng(7)
     positions = np.broadcast_to(np.arange(start, start + tokens, dtype=np.int64), (batch, tokens))

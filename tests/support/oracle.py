@@ -1,6 +1,7 @@
 """Little Gemmas that Hugging Face's `transformers` writes, and runs as the independent oracle.
 
-It shares no line with the exporter. Everything is in fp32 with eager attention, whatever the checkpoint's format.
+It shares no line with the exporter. Everything is in fp32 with eager attention, whatever the checkpoint's
+format.
 """
 
 import shutil
@@ -20,8 +21,8 @@ SLOTS = 320
 """Cache slots of the bundles: a prompt and 200 tokens more."""
 RELATIVE_ERROR = 1e-5
 """Of the largest logit, between two fp32 programs that sum in another order. A sum of n terms is off by about
-sqrt(n) · 2^-24: 5e-7 at the n <= 128 of these models and 1e-6 after all layers, which is what is measured. Ten
-times that leaves room for other processors; the mildest of the defects that tests plant is over 1e-4."""
+sqrt(n) · 2^-24: 5e-7 at the n <= 128 of these models and 1e-6 after all layers, which is what is measured.
+Ten times that leaves room for other processors; the mildest of the defects that tests plant is over 1e-4."""
 
 
 @dataclass(frozen=True)
