@@ -19,7 +19,11 @@ BUNDLES = {
     "onnx-fp32": {"target": "onnx", "precision": "fp32"},
 }
 NEW_TOKENS = 64
-TEXTS = ["MENENIUS:\nWhat is the matter", "It was on a dreary night", "  two  spaces,\n\n\tand tabs: naïve 😀"]
+TEXTS = [
+    "MENENIUS:\nWhat is the matter",
+    "It was on a dreary night",
+    "  two  spaces,\n\n\tand tabs: naïve 😀",
+]
 
 
 def greedy(model: Any, prompt: Sequence[int], new_tokens: int) -> list[int]:

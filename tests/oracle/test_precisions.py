@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from support.oracle import RELATIVE_ERROR, SLOTS, relative_error
 
 from gemma_export.errors import ParityError
-from gemma_export.exporter import events, pipeline
+from gemma_export.exporter import events, measure, pipeline
 from gemma_export.exporter.config import tiny_folder
 from gemma_export.exporter.measure import graph_name
 from gemma_export.exporter.parity_report import ParityReport
@@ -80,7 +80,9 @@ def test_16_bits_take_half_the_space(target: str, build_once: BuildOnce) -> None
         result = build_once(size="tiny", target=target, precision=precision, parity="quick")
         sizes[precision] = result.manifest.files["model.onnx.data"].size
     model = result.manifest.model
-    matrices = model.parameters.embedding + model.parameters.other - model.hidden_size * (2 * model.num_layers + 1)
+    matrices = (
+        model.parameters.embedding + model.parameters.other - model.hidden_size * (2 * model.num_layers + 1)
+    )
     # Gains and rotary tables stay in fp32; between tensors is less than a page each.
     assert abs(sizes["fp32"] - sizes["fp16"] - 2 * matrices) < 4096 * 8 * model.num_layers
     assert sizes["fp16"] == sizes["bf16"]
@@ -101,8 +103,8 @@ def test_16_bit_storage_of_a_bf16_checkpoint_costs_nothing(precision: str, build
             # The bytes of the checkpoint; the arithmetic is the same.
             np.testing.assert_array_equal(found, expected)
         else:
-            # fp16 has more digits than bf16 and a narrower range: weights below 2^-14 lose some, by 2^-25 at most,
-            # and these weights are around 2^-5.
+            # fp16 has more digits than bf16 and a narrower range: weights below 2^-14 lose some of theirs,
+            # 2^-25 at most, and these weights are around 2^-5.
             assert relative_error(expected, found) < 1e-6
 
 
@@ -129,14 +131,22 @@ def tiny_with(plant: Plant, folder: Path) -> Path:
     folder.mkdir()
     for name in ("config.json", "tokenizer.model"):
         shutil.copyfile(tiny_folder() / name, folder / name)
-    weights = {name: tensor.float() for name, tensor in load_file(tiny_folder() / "model.safetensors").items()}
+    weights = {
+        name: tensor.float() for name, tensor in load_file(tiny_folder() / "model.safetensors").items()
+    }
     plant({name.removeprefix("model."): tensor for name, tensor in weights.items()})
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 
+@pytest.fixture
+def short_audit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is planted shows at nearly any token, so a few of each passage are enough."""
+    monkeypatch.setattr(measure, "AUDIT_TOKENS", 48)
+
+
 def a_large_product(weights: Weights) -> None:
-    """One neuron's `up` is 2^16 times as large, and what it adds is divided again: in fp32 nothing changes."""
+    """One neuron's `up` is 2^16 times as large, and what it adds as much smaller: in fp32 nothing changes."""
     weights[f"{LAYER}.mlp.up_proj.weight"][NEURON] *= 2.0**16
     weights[f"{LAYER}.mlp.down_proj.weight"][:, NEURON] /= 2.0**16
 
@@ -148,7 +158,7 @@ def a_large_activation(weights: Weights) -> None:
 
 
 def a_large_query(weights: Weights) -> None:
-    """A pair of channels that rotate together: the queries' 2^16 times as large, the keys' as much smaller."""
+    """Two channels that rotate together: the queries' 2^16 times as large, the keys' as much smaller."""
     heads = weights[f"{LAYER}.self_attn.q_proj.weight"].shape[0] // 128
     for channel in (5, 5 + 64):
         for head in range(heads):
@@ -174,7 +184,7 @@ PLANTS: Mapping[str, tuple[Plant, Collection[str]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("where", PLANTS)
 def test_what_leaves_fp16_is_found_and_kept_in_fp32(
-    where: str, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, traced_once: None, short_audit: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant, names = PLANTS[where]
     checkpoint = tiny_with(plant, tmp_path / "checkpoint")
@@ -200,7 +210,9 @@ def test_what_leaves_fp16_is_found_and_kept_in_fp32(
 
 
 @pytest.mark.slow
-def test_values_that_leave_the_caches_format_are_no_bundle(traced_once: None, tmp_path: Path) -> None:
+def test_values_that_leave_the_caches_format_are_no_bundle(
+    traced_once: None, short_audit: None, tmp_path: Path
+) -> None:
     """The cache's format is the contract's: what does not fit into it cannot be kept, and is refused."""
 
     def plant(weights: Weights) -> None:
@@ -215,7 +227,9 @@ def test_values_that_leave_the_caches_format_are_no_bundle(traced_once: None, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["cpu", "onnx"])
-def test_a_weight_beyond_fp16_is_kept_in_fp32(target: str, traced_once: None, tmp_path: Path) -> None:
+def test_a_weight_beyond_fp16_is_kept_in_fp32(
+    target: str, traced_once: None, short_audit: None, tmp_path: Path
+) -> None:
     def plant(weights: Weights) -> None:
         # Nothing reads the neuron that it makes.
         weights[f"{LAYER}.mlp.up_proj.weight"][NEURON] = 0
@@ -223,7 +237,9 @@ def test_a_weight_beyond_fp16_is_kept_in_fp32(target: str, traced_once: None, tm
         weights[f"{LAYER}.mlp.down_proj.weight"][:, NEURON] = 0
 
     checkpoint = tiny_with(plant, tmp_path / "checkpoint")
-    result = build(BuildRequest(checkpoint=checkpoint, output=tmp_path / "b", target=target, precision="fp16"))
+    result = build(
+        BuildRequest(checkpoint=checkpoint, output=tmp_path / "b", target=target, precision="fp16")
+    )
     kept = f"{LAYER}.mlp.gate_up_proj.weight"
     assert kept in result.manifest.fp32_tensors
     assert result.manifest.parity.verdict == "pass"
@@ -306,7 +322,7 @@ def test_the_twin_sums_products_in_fp32() -> None:
     )
     (found,) = session.run(None, feeds)
     exact = feeds["a"].astype(np.float64) @ feeds["b"].astype(np.float64)
-    # One rounding to 11 digits, of a sum that is right to some 2^-20: half a step, and a hair where it is a tie.
+    # One rounding to 11 digits, of a sum that is right to some 2^-20: half a step, a hair more near a tie.
     steps = np.spacing(exact.astype(np.float16)).astype(np.float64)
     assert (np.abs(found - exact) <= 0.51 * steps).all()
     np.testing.assert_array_equal(found, found.astype(np.float16).astype(np.float32))

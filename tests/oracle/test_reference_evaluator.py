@@ -26,9 +26,7 @@ def graph_of(build_once: Callable[..., BuildResult], checkpoint: Path) -> Path:
 
 
 @pytest.fixture
-def graph(
-    family: str, build_once: Callable[..., BuildResult], checkpoint_of: Callable[[str], Path]
-) -> Path:
+def graph(family: str, build_once: Callable[..., BuildResult], checkpoint_of: Callable[[str], Path]) -> Path:
     return graph_of(build_once, checkpoint_of(family))
 
 

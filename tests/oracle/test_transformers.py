@@ -61,7 +61,9 @@ def test_logits_of_every_position(family: str, open_family: Open, oracle_of: Ora
 
 def test_logits_of_the_trained_model(tiny_bundle_all: Path, tiny_oracle: Any) -> None:
     session = load(tiny_bundle_all, threads=1)
-    tokens = session.tokenizer.encode("It was on a dreary night of November that I beheld")[: session.max_length]
+    tokens = session.tokenizer.encode("It was on a dreary night of November that I beheld")[
+        : session.max_length
+    ]
     assert relative_error(oracle_logits(tiny_oracle, tokens), session.logits(tokens)) < RELATIVE_ERROR
 
 
@@ -156,9 +158,7 @@ def test_rows_of_different_lengths_get_what_each_gets_alone(
 ) -> None:
     session = open_family(family, "last")
     prompts = [random_tokens(length, seed=100 + length) for length in (1, 7, 16, 41)]
-    together = session.generate_tokens_batch(
-        prompts, max_new_tokens=24, stop_tokens=(), prefill_chunk=CHUNK
-    )
+    together = session.generate_tokens_batch(prompts, max_new_tokens=24, stop_tokens=(), prefill_chunk=CHUNK)
     for prompt, row in zip(prompts, together, strict=True):
         assert list(row.tokens) == session.generate_tokens(prompt, max_new_tokens=24, stop_tokens=())
         assert_greedy(oracle_of(family), prompt, row.tokens)

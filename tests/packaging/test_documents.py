@@ -1,5 +1,6 @@
 """What the documents say is so."""
 
+import json
 import os
 import re
 import shlex
@@ -106,6 +107,18 @@ def test_python_in_the_readme_compiles() -> None:
     assert examples
     for example in examples:
         compile(example, "README.md", "exec")
+
+
+def test_the_readme_has_the_shipped_models_figures() -> None:
+    held_out = json.loads((ROOT / "exporter/tiny/training.json").read_text(encoding="utf-8"))["held_out"]
+    for row, name in {
+        "Shakespeare's plays": "shakespeare",
+        "*Frankenstein*": "frankenstein",
+        "both": "both",
+    }.items():
+        figures = held_out[name]
+        assert f"| {row} | {figures['perplexity']:.1f} | {figures['bits_per_byte']:.2f} |" in README
+    assert f"a perplexity of {held_out['both']['unigram_perplexity']:.0f}" in README
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:
