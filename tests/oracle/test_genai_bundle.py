@@ -11,6 +11,8 @@ from gemma_export.runtime.session import load
 
 og = pytest.importorskip("onnxruntime_genai")
 
+pytestmark = pytest.mark.slow
+
 BUNDLES = {
     "cpu-fp32": {"target": "cpu", "precision": "fp32"},
     # Two formats in one file, and still fp32 between the operators.

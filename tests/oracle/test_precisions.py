@@ -104,8 +104,8 @@ def test_16_bit_storage_of_a_bf16_checkpoint_costs_nothing(precision: str, build
             np.testing.assert_array_equal(found, expected)
         else:
             # fp16 has more digits than bf16 and a narrower range: weights below 2^-14 lose some of theirs,
-            # 2^-25 at most, and these weights are around 2^-5.
-            assert relative_error(expected, found) < 1e-6
+            # 2^-25 at most, and these weights are around 2^-5. fp16 arithmetic costs a hundred times this.
+            assert relative_error(expected, found) < 3e-6
 
 
 @pytest.mark.slow
@@ -251,6 +251,7 @@ def test_a_weight_beyond_fp16_is_kept_in_fp32(
     )
 
 
+@pytest.mark.slow
 def test_what_the_audit_sees_has_a_name_in_the_graph(
     build_once: BuildOnce, checkpoint_of: Callable[[str], Path]
 ) -> None:

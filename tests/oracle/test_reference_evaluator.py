@@ -16,18 +16,17 @@ from gemma_export.exporter.decoder import Decoder, rotary_tables
 from gemma_export.exporter.pipeline import BuildResult
 from gemma_export.exporter.source import Source, open_source
 
+pytestmark = pytest.mark.slow
+
 Run = Callable[[dict[str, Any]], dict[str, Any]]
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def graph_of(build_once: Callable[..., BuildResult], checkpoint: Path) -> Path:
-    result = build_once(checkpoint=checkpoint, target="onnx", logits="all", max_length=SLOTS)
-    return result.path / "model.onnx"
-
-
 @pytest.fixture
 def graph(family: str, build_once: Callable[..., BuildResult], checkpoint_of: Callable[[str], Path]) -> Path:
-    return graph_of(build_once, checkpoint_of(family))
+    checkpoint = checkpoint_of(family)
+    result = build_once(checkpoint=checkpoint, target="onnx", logits="all", max_length=SLOTS)
+    return result.path / "model.onnx"
 
 
 @pytest.fixture

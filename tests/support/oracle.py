@@ -4,6 +4,7 @@ It shares no line with the exporter. Everything is in fp32 with eager attention,
 format.
 """
 
+import copy
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +20,11 @@ Logits = npt.NDArray[np.float32]
 
 SLOTS = 320
 """Cache slots of the bundles: a prompt and 200 tokens more."""
-RELATIVE_ERROR = 1e-5
+RELATIVE_ERROR = 2e-5
 """Of the largest logit, between two fp32 programs that sum in another order. A sum of n terms is off by about
-sqrt(n) · 2^-24: 5e-7 at the n <= 128 of these models and 1e-6 after all layers, which is what is measured.
-Ten times that leaves room for other processors; the mildest of the defects that tests plant is over 1e-4."""
+sqrt(n) · 2^-24, 7e-7 at the n <= 128 of these models; their layers add far more than the embedding and so
+carry it on enlarged: 1e-6 to 5e-6 is measured, and 1e-6 of the trained model. Four times that leaves room for
+other processors. The mildest defect that a test plants (exact instead of tanh GELU) is 3e-4."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,6 @@ def _scale(name: str, parameter: torch.Tensor) -> float:
 
 def save_checkpoint(model: Any, folder: Path, dtype: torch.dtype, **options: Any) -> Path:
     """Saves as Hugging Face does, in `dtype`, with the shipped tokenizer beside the weights."""
-    import copy
-
     copy.deepcopy(model).to(dtype).save_pretrained(folder, **options)
     shutil.copyfile(TOKENIZER, folder / "tokenizer.model")
     return folder
@@ -133,7 +133,8 @@ def assert_greedy(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> N
     rows = logits[len(prompt) - 1 :]
     assert rows.argmax(axis=1).tolist() == list(tokens)
     best = np.sort(rows, axis=1)[:, -2:]
-    assert (best[:, 1] - best[:, 0]).min() > 2 * RELATIVE_ERROR * np.abs(logits).max()
+    margin = (best[:, 1] - best[:, 0]).min() / np.abs(logits).max()
+    assert margin > 2 * RELATIVE_ERROR, f"a near tie, {margin:.1e}: choose another prompt"
 
 
 def relative_error(reference: Logits, logits: Logits) -> float:
