@@ -60,6 +60,7 @@ def run(command: Callable[[], None]) -> None:
             )
         )
     except OSError as error:
+        _drop_output()
         _fail(StorageError(f"The system refused: {error}.", "Check the disk and the permissions."))
     except Exception as error:
         _defect(error)
@@ -80,6 +81,16 @@ def _prepare_process() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     """Ends the process through every `finally`, as Ctrl-C does."""
     sys.exit(128 + number)
+
+
+def _drop_output() -> None:
+    """Where output cannot be written, what a buffer still holds is not tried again when Python exits."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
 
 
 def _fail(error: GemmaExportError) -> NoReturn:
