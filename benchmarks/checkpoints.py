@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from gemma_export.exporter.checkpoint import RandomCheckpoint
+from gemma_export.exporter.checkpoints.checkpoint import RandomCheckpoint
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.random_tokenizer import write_random_tokenizer
+from gemma_export.exporter.tokenizer.random import write_random_tokenizer
 
 BLOCK_BYTES = 16 << 20
 

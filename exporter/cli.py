@@ -221,8 +221,8 @@ def parity(
 ) -> None:
     """Measure how far a bundle is from its checkpoint."""
     with _listening(as_json=as_json, quiet=False) as listener:
-        from gemma_export.exporter.measure import measure_bundle
-        from gemma_export.exporter.report import write_report
+        from gemma_export.exporter.parity.measure import measure_bundle
+        from gemma_export.exporter.parity.page import write_report
         from gemma_export.graphs.storage import disk_errors
 
         report = measure_bundle(

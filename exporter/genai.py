@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.tokenizer_files import TokenizerFacts
+from gemma_export.exporter.tokenizer.files import TokenizerFacts
 
 GENAI_CONFIG = "genai_config.json"
 GENERATION_CONFIG = "generation_config.json"

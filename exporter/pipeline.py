@@ -23,13 +23,13 @@ from gemma_export.exporter.bundle import (
     new_bundle,
     write_manifest,
 )
-from gemma_export.exporter.gate import ParityReport
 from gemma_export.exporter.genai import write_genai_config
-from gemma_export.exporter.measure import audit_range, measure_parity
-from gemma_export.exporter.report import write_report
+from gemma_export.exporter.parity.gate import ParityReport
+from gemma_export.exporter.parity.measure import audit_range, measure_parity
+from gemma_export.exporter.parity.page import write_report
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, requested_source
-from gemma_export.exporter.tokenizer_files import TokenizerFacts, write_tokenizer
+from gemma_export.exporter.tokenizer.files import TokenizerFacts, write_tokenizer
 from gemma_export.exporter.trace import OPSET, bind_weights, trace
 from gemma_export.graphs import schedule
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_export.exporter.events import Event, Note, StageFinished, StageProgress, StageStarted
-from gemma_export.exporter.parity_report import ParityReport, json_values
+from gemma_export.exporter.parity.report import ParityReport, json_values
 from gemma_export.runtime.bundle import Manifest
 
 _EVENT_NAMES = {StageStarted: "started", StageProgress: "progress", StageFinished: "finished", Note: "note"}

@@ -7,17 +7,17 @@ from pathlib import Path
 import torch
 
 from gemma_export.errors import CheckpointError
-from gemma_export.exporter.checkpoint import (
+from gemma_export.exporter.checkpoints.checkpoint import (
     Checkpoint,
     LazyTensor,
     RandomCheckpoint,
     find_in_hub_cache,
     open_checkpoint,
 )
+from gemma_export.exporter.checkpoints.weights import canonical_weights, config_for
 from gemma_export.exporter.config import GemmaConfig, preset, size_of, tiny_folder
-from gemma_export.exporter.random_tokenizer import write_random_tokenizer
 from gemma_export.exporter.request import BuildRequest
-from gemma_export.exporter.weights import canonical_weights, config_for
+from gemma_export.exporter.tokenizer.random import write_random_tokenizer
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Writes a graph's weights to one data file, a block at a time, and then the graph that points into it.
 
-One thread reads and transforms blocks, another hashes and writes them; between them stands a queue of a few
-blocks. Memory is those few blocks, whatever the model, and there is no 2 GiB limit: the graph file holds no
-weights.
+One thread reads and transforms blocks, another writes them while a third hashes them; between them stands a
+queue of a few blocks. Memory is those few blocks, whatever the model, and there is no 2 GiB limit: the graph
+file holds no weights.
 """
 
 import errno
@@ -10,6 +10,7 @@ import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import FileIO
@@ -139,12 +140,13 @@ def _write_data(placed: list[_Placed], path: Path, total: int, progress: Progres
     written = 0
     reader.start()
     try:
-        with path.open("wb", buffering=0) as file:
+        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hashing:
             while (block := blocks.get()) is not None:
                 if isinstance(block, BaseException):
                     raise block
+                hashed = hashing.submit(digest.update, block)  # While the disk takes the same block.
                 _write_all(file, block)
-                digest.update(block)
+                hashed.result()
                 written += len(block)
                 if progress is not None:
                     progress(written, total)

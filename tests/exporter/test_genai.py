@@ -12,7 +12,7 @@ from support.small_bundle import TOKENIZER, Shape, small_graph
 
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.genai import genai_config, generation_config, write_genai_config
-from gemma_export.exporter.tokenizer_files import TokenizerFacts, write_tokenizer
+from gemma_export.exporter.tokenizer.files import TokenizerFacts, write_tokenizer
 
 og = pytest.importorskip("onnxruntime_genai")
 

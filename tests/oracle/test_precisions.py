@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from support.oracle import RELATIVE_ERROR, SLOTS, relative_error
 
 from gemma_export.errors import ParityError
-from gemma_export.exporter import events, measure, pipeline
+from gemma_export.exporter import events, pipeline
 from gemma_export.exporter.config import tiny_folder
-from gemma_export.exporter.measure import graph_name
-from gemma_export.exporter.parity_report import ParityReport
+from gemma_export.exporter.parity import measure
+from gemma_export.exporter.parity.measure import graph_name
+from gemma_export.exporter.parity.reference import Reference
+from gemma_export.exporter.parity.report import ParityReport
 from gemma_export.exporter.pipeline import BuildResult, build
-from gemma_export.exporter.reference import Reference
 from gemma_export.exporter.request import SCHEMES, BuildRequest
 from gemma_export.exporter.source import open_source
 from gemma_export.graphs.passes.emulate_half import emulate_half

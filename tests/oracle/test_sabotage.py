@@ -19,8 +19,8 @@ import pytest
 
 from gemma_export.exporter.bundle import describe_files, write_manifest
 from gemma_export.exporter.events import ignore
-from gemma_export.exporter.measure import measure_bundle
-from gemma_export.exporter.parity_report import ParityReport
+from gemma_export.exporter.parity.measure import measure_bundle
+from gemma_export.exporter.parity.report import ParityReport
 from gemma_export.exporter.pipeline import BuildResult
 from gemma_export.runtime.bundle import Manifest, open_bundle
 

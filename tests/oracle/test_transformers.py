@@ -26,7 +26,7 @@ from support.oracle import (
 from gemma_export.errors import ContextFullError
 from gemma_export.exporter import events
 from gemma_export.exporter.config import tiny_folder
-from gemma_export.exporter.measure import measure_bundle
+from gemma_export.exporter.parity.measure import measure_bundle
 from gemma_export.exporter.pipeline import BuildResult
 from gemma_export.runtime.session import Session, load
 

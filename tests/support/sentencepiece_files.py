@@ -3,7 +3,7 @@
 import struct
 from collections.abc import Iterable
 
-from gemma_export.exporter.sentencepiece_model import Piece, PieceKind
+from gemma_export.exporter.tokenizer.sentencepiece_model import Piece, PieceKind
 
 CONTROL = [Piece(name, 0.0, PieceKind.CONTROL) for name in ("<pad>", "<eos>", "<bos>")]
 UNKNOWN = [Piece("<unk>", 0.0, PieceKind.UNKNOWN)]

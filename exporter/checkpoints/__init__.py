@@ -1,0 +1,1 @@
+"""Reading checkpoints: every form they come in, as lazy tensors by canonical name."""

@@ -1,0 +1,1 @@
+"""A bundle's tokenizer: SentencePiece as it came, and the same in the form other clients read."""

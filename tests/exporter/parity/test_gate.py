@@ -1,0 +1,411 @@
+"""The parity gate against a bundle that is right, and bundles that are wrong in the ways exporters are."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from gemma_export.errors import ParityError
+from gemma_export.exporter import decoder as decoder_module
+from gemma_export.exporter.checkpoints.checkpoint import RandomCheckpoint
+from gemma_export.exporter.checkpoints.weights import canonical_weights
+from gemma_export.exporter.config import GemmaConfig
+from gemma_export.exporter.decoder import Decoder, rotary_tables
+from gemma_export.exporter.parity.gate import check_parity, sample_budget
+from gemma_export.exporter.parity.plan import CHUNKS, make_plan
+from gemma_export.exporter.parity.reference import Reference
+from gemma_export.runtime.parity import BUDGETS
+
+CONFIG = GemmaConfig(
+    name="random",
+    vocab_size=300,
+    hidden_size=48,
+    num_layers=3,
+    num_query_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=80,
+    context_length=64,
+)
+CHECKPOINT = RandomCheckpoint(CONFIG, seed=5)
+WEIGHTS = canonical_weights(CHECKPOINT, CONFIG)
+TEXTS = [
+    [2, *np.random.default_rng(i).integers(3, 300, size).tolist()]
+    for i, size in enumerate((60, 47, 30, 20, 9, 1))
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny products on several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class FakeCache:
+    def __init__(self, slots: int) -> None:
+        self.length = 0
+        shape = (1, CONFIG.num_kv_heads, slots, CONFIG.head_dim)
+        self.tensors = [torch.zeros(shape) for _ in range(2 * CONFIG.num_layers)]
+
+    def keys(self, layer):
+        return self.tensors[2 * layer][:, :, : self.length].numpy()
+
+    def values(self, layer):
+        return self.tensors[2 * layer + 1][:, :, : self.length].numpy()
+
+
+class FakeSession:
+    """The decoder, run as a bundle is. Its methods are what the defects below replace."""
+
+    def __init__(self, max_length=64, *, all_logits=False, config=CONFIG):
+        self.max_length = max_length
+        self.calls: list[int] = []
+        self.decoder = Decoder(config, max_length, all_logits=all_logits).eval()
+        state = {name: tensor.read(0, tensor.shape[0]).float() for name, tensor in WEIGHTS.items()}
+        state["rotary_cos"], state["rotary_sin"] = rotary_tables(config, max_length)
+        self.decoder.load_state_dict(state)
+
+    def new_cache(self):
+        return FakeCache(self.max_length)
+
+    def positions(self, cache, count):
+        return torch.arange(cache.length, cache.length + count)[None]
+
+    def step(self, tokens, cache):
+        assert tokens.dtype == np.int64
+        assert cache.length + tokens.shape[1] <= self.max_length
+        self.calls.append(tokens.shape[1])
+        with torch.inference_mode():
+            logits, cache.tensors = self.decoder(
+                torch.from_numpy(tokens), self.positions(cache, tokens.shape[1]), cache.tensors
+            )
+        cache.length += tokens.shape[1]
+        return logits.numpy()
+
+
+def check(session, level="quick", precision="fp32", **options):
+    reference = Reference(CONFIG, WEIGHTS)
+    return check_parity(session, reference, TEXTS, level=level, precision=precision, bos=2, **options)
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+@pytest.mark.parametrize("all_logits", [False, True], ids=["last", "all"])
+def test_a_bundle_that_is_right_passes(level, all_logits):
+    report = check(FakeSession(all_logits=all_logits), level)
+    assert report.reasons == ()
+    assert report.verdict == "pass"
+    assert report.figures.max_relative_error < 1e-5
+    assert report.figures.top1_agreement == 1
+    assert report.figures.reference_perplexity == pytest.approx(report.figures.bundle_perplexity, rel=1e-5)
+    assert report.divergences() == ()
+    assert all(layer.key_max < 1e-5 and layer.value_rms < 1e-5 for layer in report.layers)
+    assert len(report.layers) == 3
+    assert report.logits == ("all" if all_logits else "last")
+    # Every step's logits were compared, or every token's.
+    texts = sum(len(text.chunks) + text.tokens - sum(text.chunks) for text in report.texts)
+    drafted = sum(len(continuation.tokens) for continuation in report.continuations)
+    measured = sum(text.tokens for text in report.texts) if all_logits else texts
+    assert report.figures.tokens == measured + drafted
+    assert report.cost.bundle_steps == texts + drafted
+    assert [phase.phase for phase in report.phases] == ["prefill", "decode", "continuation"]
+    assert sum(phase.agreements for phase in report.phases) == report.figures.tokens
+
+
+def test_steps_are_of_varied_sizes_and_reach_the_last_slot():
+    session = FakeSession(48)
+    report = check(session, "full")
+    assert {1, 2, 5, 17} < set(session.calls)
+    assert max(text.tokens for text in report.texts) == 48
+    assert max(report.figures.positions) == 47
+    assert "to the last slot" in report.texts[-1].name
+
+
+def test_the_layers_are_read_once():
+    runs = []
+
+    class Counting(Reference):
+        def run(self, sequences, **options):
+            runs.append(len(sequences))
+            return super().run(sequences, **options)
+
+    check_parity(FakeSession(), Counting(CONFIG, WEIGHTS), TEXTS, level="quick", precision="fp32", bos=2)
+    assert runs == [4 + 3]
+
+
+def missing_embedding_scale(session, monkeypatch):
+    session.decoder.embedding_scale = 1.0
+
+
+def rounded_embedding_scale(session, monkeypatch):
+    session.decoder.embedding_scale = round(session.decoder.embedding_scale, 1)
+
+
+def exact_gelu(session, monkeypatch):
+    for layer in session.decoder.layers:
+        mlp = layer.mlp
+        monkeypatch.setattr(
+            mlp,
+            "forward",
+            lambda x, mlp=mlp: mlp.down_proj(functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)),
+        )
+
+
+def wrong_rope_base(session, monkeypatch):
+    cos, sin = rotary_tables(replace(CONFIG, rope_theta=1000.0), session.max_length)
+    session.decoder.rotary_cos, session.decoder.rotary_sin = cos, sin
+
+
+def norm_without_one(session, monkeypatch):
+    session.decoder.layers[1].input_layernorm.weight.data -= 1
+
+
+def beginning_ignored(session, monkeypatch):
+    step = session.step
+    monkeypatch.setattr(session, "step", lambda tokens, cache: step(np.where(tokens == 2, 3, tokens), cache))
+
+
+def valid_length_off_by_one(session, monkeypatch):
+    """Decoding overwrites the newest slot."""
+    monkeypatch.setattr(
+        session,
+        "positions",
+        lambda cache, count: torch.arange(count)[None] + max(0, cache.length - (cache.length > 0)),
+    )
+
+
+def sees_an_empty_slot(session, monkeypatch):
+    original = decoder_module.causal_mask
+    step = session.step
+
+    def with_wrong_mask(tokens, cache):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                decoder_module, "causal_mask", lambda positions, size: original(positions + 1, size)
+            )
+            return step(tokens, cache)
+
+    monkeypatch.setattr(session, "step", with_wrong_mask)
+
+
+def upper_left_causality(session, monkeypatch):
+    """Prefill from an empty cache is right, and every later step sees the first slots only."""
+    original = decoder_module.causal_mask
+    step = session.step
+
+    def with_wrong_mask(tokens, cache):
+        with monkeypatch.context() as patch:
+            rows = torch.arange(tokens.shape[1])[None]
+            patch.setattr(decoder_module, "causal_mask", lambda positions, size: original(rows, size))
+            return step(tokens, cache)
+
+    monkeypatch.setattr(session, "step", with_wrong_mask)
+
+
+DEFECTS = {
+    missing_embedding_scale: "KL",
+    rounded_embedding_scale: "relative error",
+    exact_gelu: "relative error",
+    wrong_rope_base: "keys of layer 0",
+    norm_without_one: "keys of layer 1",
+    beginning_ignored: "keys of layer 0",
+    valid_length_off_by_one: "keys of layer 0",
+    sees_an_empty_slot: "keys of layer 1",
+    upper_left_causality: "keys of layer 1",
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
+def test_a_planted_defect_fails(defect, monkeypatch):
+    session = FakeSession()
+    defect(session, monkeypatch)
+    report = check(session)
+    assert report.verdict == "fail"
+    assert DEFECTS[defect] in " ".join(report.reasons)
+    if defect not in (rounded_embedding_scale, exact_gelu):  # These two are small, and only fp32 sees them.
+        assert check(session, precision="bf16").verdict == "fail"
+
+
+def test_wrong_keys_are_seen_even_where_the_logits_are_right(monkeypatch):
+    class Off(FakeCache):
+        def keys(self, layer):
+            return super().keys(layer) * (1.01 if layer == 1 else 1)
+
+    session = FakeSession()
+    monkeypatch.setattr(session, "new_cache", lambda: Off(session.max_length))
+    report = check(session)
+    assert report.reasons == ("the cached keys of layer 1 are off by 0.01 of the largest, above 0.0002",)
+    assert check(session, precision="bf16").verdict == "pass"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "infinity"])
+def test_a_logit_that_is_no_number_fails(value, monkeypatch):
+    session = FakeSession()
+    step = session.step
+
+    def broken(tokens, cache):
+        logits = step(tokens, cache).copy()
+        if cache.length == 20:
+            logits[0, -1, 17] = value
+        return logits
+
+    monkeypatch.setattr(session, "step", broken)
+    report = check(session, precision="bf16")
+    assert report.verdict == "fail"
+    assert "the bundle gives NaN or infinite logits" in report.reasons[0]
+    json.dumps(report.to_json(), allow_nan=False)
+    json.dumps(report.summary(), allow_nan=False)
+
+
+def test_a_cached_nan_fails(monkeypatch):
+    class Broken(FakeCache):
+        def values(self, layer):
+            values = super().values(layer).copy()
+            values[0, 0, 0, 0] = math.nan
+            return values
+
+    session = FakeSession()
+    monkeypatch.setattr(session, "new_cache", lambda: Broken(session.max_length))
+    report = check(session, precision="bf16")
+    assert report.reasons == (
+        "the cached values of layer 0 (and those of 2 later layers) are off by nan of the largest, above 0.1",
+    )
+    assert report.summary()["max_value_error"] is None
+
+
+def swap_first_two(session, monkeypatch, wrong):
+    """Exchanges the two likeliest tokens where `wrong(cache)` says so."""
+    step = session.step
+
+    def swapped(tokens, cache):
+        logits = step(tokens, cache).copy()
+        if wrong(cache):
+            first, second = logits[0, -1].argsort()[:-3:-1]
+            logits[0, -1, [first, second]] = logits[0, -1, [second, first]]
+        return logits
+
+    monkeypatch.setattr(session, "step", swapped)
+
+
+def test_another_most_likely_token_fails(monkeypatch):
+    session = FakeSession()
+    swap_first_two(session, monkeypatch, lambda cache: cache.length % 2)
+    report = check(session, precision="bf16")
+    assert "top-1 agreement" in " ".join(report.reasons)
+
+
+def test_the_first_divergence_is_found_and_shown(monkeypatch):
+    session = FakeSession()
+    swap_first_two(session, monkeypatch, lambda cache: len(session.calls) == 3)
+    letters = "".join(chr(0x100 + i) for i in range(300))
+    report = check(session, decode=lambda tokens: "".join(letters[token] for token in tokens))
+    assert [c.divergence is None for c in report.continuations] == [False, True, True]
+    first = report.continuations[0]
+    found = first.divergence
+    assert (found.index, found.position) == (2, 11)
+    assert found.bundle_token == first.tokens[2] != found.reference_token
+    assert found.margin > 0
+    assert found.error == pytest.approx(found.margin, rel=1e-3)
+    assert not found.near_tie
+    assert any("leaves the reference's at its token 3 by a margin" in reason for reason in report.reasons)
+    text = first.text
+    assert text.prompt == "".join(letters[token] for token in first.prompt_tokens)
+    assert text.agreed + text.bundle + text.rest == "".join(letters[token] for token in first.tokens)
+    assert text.reference == letters[found.reference_token]
+    assert len(text.agreed) == 2
+
+
+def test_a_near_tie_is_no_reason(monkeypatch):
+    """Taking the other of two almost equal tokens is rounding in bf16, and a defect in fp32."""
+    session = FakeSession()
+    step = session.step
+
+    def rounded(tokens, cache):
+        logits = step(tokens, cache).copy()
+        second, first = np.sort(logits[0, -1])[-2:]
+        if first - second < 0.05:
+            logits[0, -1][logits[0, -1] == first] = second - 1e-3
+        return logits
+
+    monkeypatch.setattr(session, "step", rounded)
+    report = check(session, precision="bf16")
+    assert report.reasons == ()
+    assert report.divergences()
+    for found in report.divergences():
+        assert found.near_tie
+        assert found.margin < 0.05
+    report = check(session, precision="fp32")
+    assert not any(found.near_tie for found in report.divergences())
+    assert any("which is no near tie" in reason for reason in report.reasons)
+
+
+def test_a_continuation_ends_at_a_stop_token():
+    whole = check(FakeSession()).continuations[0].tokens
+    done = []
+    report = check(
+        FakeSession(), stop=whole[3:4], on_event=lambda event: done.append((event.done, event.total))
+    )
+    assert report.continuations[0].tokens == whole[: whole.index(whole[3]) + 1]
+    assert report.verdict == "pass"
+    assert done[-1][0] == done[-1][1]
+    assert [d for d, _ in done] == sorted(d for d, _ in done)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 15, 16, 17])
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_small_caches_are_filled_and_not_overrun(slots, level):
+    report = check(FakeSession(slots), level)
+    assert report.verdict == "pass"
+    assert max(report.figures.positions) == slots - 1
+
+
+@pytest.mark.parametrize("texts", [[], [[5, 6]], [[]]], ids=["none", "no beginning", "empty"])
+def test_refuses_texts_that_mean_nothing(texts):
+    with pytest.raises(ValueError, match="text"):
+        check_parity(FakeSession(), Reference(CONFIG, WEIGHTS), texts, level="quick", precision="fp32", bos=2)
+
+
+def test_another_vocabulary_is_an_error(monkeypatch):
+    session = FakeSession()
+    step = session.step
+    monkeypatch.setattr(session, "step", lambda tokens, cache: step(tokens, cache)[..., :-4])
+    with pytest.raises(ParityError, match="296 tokens, its reference of 300"):
+        check(session)
+
+
+def test_the_report_is_json_and_says_what_was_run():
+    report = check(FakeSession(), names=list("abcdef"), subject="a model, fp32, cpu")
+    read = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert read["verdict"] == "pass"
+    assert [text["name"] for text in read["texts"]] == ["a", "b", "c", "d"]
+    assert read["figures"]["tokens"] == report.figures.tokens
+    assert read["subject"] == "a model, fp32, cpu"
+    assert "torch" in read["versions"]
+    summary = report.summary()
+    assert summary["greedy_divergences"] == 0
+    assert summary["tokens"] == report.figures.tokens
+    json.dumps(summary, allow_nan=False)
+
+
+def test_chunks_of_a_plan_add_up():
+    plan = make_plan("full", [[2] * n for n in (1, 2, 3, 40, 300, 600)], list("abcdef"), 500, 2)
+    assert [sum(text.steps) for text in plan.texts] == [1, 2, 3, 40, 300, 500, 500]
+    assert all(min(text.steps) > 0 for text in plan.texts)
+    assert {size for text in plan.texts for size in text.chunks} > set(CHUNKS)
+    assert plan.texts[5].steps.count(1) >= 64
+
+
+@pytest.mark.parametrize(
+    ("precision", "tokens", "allowed"),
+    [("fp32", 150, 2), ("fp16", 150, 5), ("bf16", 150, 12), ("fp32", 10000, 18)],
+)
+def test_few_tokens_estimate_the_agreement_loosely(precision, tokens, allowed):
+    # 99 % quantiles of Poisson distributions of 0.15, 1.5, 6 and 10.
+    bound = sample_budget(BUDGETS[precision], tokens).top1_agreement
+    assert round((1 - bound) * tokens) == allowed
