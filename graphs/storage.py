@@ -28,7 +28,7 @@ ALIGNMENT = 4096
 """Offsets are multiples of a page, so that a runtime can map a weight where it lies."""
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file."""
-QUEUED_BLOCKS = 3
+QUEUED_BLOCKS = 4
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _UNUSABLE = (
@@ -138,6 +138,8 @@ def _write_data(placed: list[_Placed], path: Path, total: int, progress: Progres
     reader = threading.Thread(target=_read_blocks, args=(placed, blocks, stop), name="weights", daemon=True)
     digest = hashlib.sha256()
     written = 0
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # Three threads share the work already; more would wait, spinning.
     reader.start()
     try:
         with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hashing:
@@ -157,6 +159,7 @@ def _write_data(placed: list[_Placed], path: Path, total: int, progress: Progres
             with suppress(queue.Empty):
                 blocks.get(timeout=0.05)
         reader.join()
+        torch.set_num_threads(threads)
     return StoredFile(written, digest.hexdigest())
 
 
