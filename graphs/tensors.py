@@ -5,7 +5,7 @@ concatenate, change the number format) is a small object around the weight that 
 passes through, so the memory of a build is a few blocks, whatever the model.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -194,11 +194,6 @@ def add_initializer(graph: ir.Graph, name: str, source: RowSource) -> ir.Value:
     )
     graph.register_initializer(value)
     return value
-
-
-def total_bytes(tensors: Sequence[StreamedTensor]) -> int:
-    """Bytes these tensors take on disk."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def in_format(source: RowSource, dtype: torch.dtype) -> RowSource:

@@ -9,32 +9,18 @@ from dataclasses import dataclass
 from io import FileIO
 from math import prod
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
 from gemma_export.errors import CheckpointError
+from gemma_export.graphs.tensors import RowSource
 
 DOWNLOAD_AGAIN = "The download was probably interrupted: download the checkpoint again."
 
 
-class LazyTensor(Protocol):
-    """A weight of a checkpoint: known by name, shape and dtype, read in blocks of rows."""
-
-    @property
-    def name(self) -> str:
-        """The name the checkpoint gives it, for messages."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape; axis 0 counts the rows."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Its dtype, as stored."""
-
-    def read(self, start: int, stop: int) -> torch.Tensor:
-        """Rows [start, stop) of axis 0: a CPU tensor [stop - start, *shape[1:]] that owns its memory."""
+LazyTensor = RowSource
+"""A weight of a checkpoint: known by name, shape and dtype, read in blocks of rows. It is what a graph's
+initializers are streamed from, so the two are one protocol."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import onnxruntime as ort
 import torch
 
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import rotary_tables
 from gemma_export.graphs.tensors import InMemory, StreamedTensor
 
 Array = npt.NDArray[np.float32]
@@ -83,14 +82,3 @@ def decoder_feeds(
         shape = (batch, *(int(size) for size in cache.shape[1:]))
         feeds[str(cache.name)] = rng.standard_normal(shape).astype(cache.dtype.numpy())
     return feeds
-
-
-def tables(config: GemmaConfig, max_length: int) -> tuple[Array, Array]:
-    """Rotary tables as arrays."""
-    cos, sin = rotary_tables(config, max_length)
-    return cos.numpy(), sin.numpy()
-
-
-def op_types(model: ir.Model) -> list[str]:
-    """The operators of a graph, in order."""
-    return [node.op_type for node in model.graph]
