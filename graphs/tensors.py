@@ -89,7 +89,9 @@ class Cast:
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop), cast."""
-        return self.source.read(start, stop).to(self.dtype)
+        # By way of fp32, which holds every value of both: the direct cast between 16-bit formats is a third
+        # as fast.
+        return self.source.read(start, stop).float().to(self.dtype)
 
 
 @dataclass(frozen=True)
