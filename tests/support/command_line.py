@@ -21,9 +21,13 @@ class Outcome:
         return [json.loads(line, parse_constant=_refuse) for line in self.out.splitlines()]
 
 
+# A job that a shell runs in the background ignores Ctrl-C, and so would whatever it starts.
+_AS_FROM_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
+
 def command(arguments: Sequence[object], prelude: str = "") -> list[str]:
     """What runs the command line in a process of its own, after some lines of Python."""
-    script = f"{prelude}\nfrom gemma_export.exporter.cli import main\nmain()"
+    script = f"{_AS_FROM_A_TERMINAL}\n{prelude}\nfrom gemma_export.exporter.cli import main\nmain()"
     return [sys.executable, "-c", script, *map(str, arguments)]
 
 
