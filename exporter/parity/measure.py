@@ -107,7 +107,7 @@ def measure_bundle(
     passages = builtin_texts() if text is None else read_texts(text)
     opened = open_bundle(bundle, check="quick")
     with events.stage(listener, "checkpoint") as facts:
-        source = _source_of(opened.manifest, checkpoint, opened.path / "tokenizer.model")
+        source = source_of_bundle(opened.manifest, checkpoint, opened.path / "tokenizer.model")
         facts["source"] = source.checkpoint.source
         _check_same_shape(opened.manifest, source)
         if source.checkpoint.digest() != opened.manifest.checkpoint.digest:
@@ -170,7 +170,7 @@ def _reference(kind: Literal["eager", "transformers"], source: Source) -> GateRe
 _RANDOM = re.compile(r"random weights, seed (\d+)")
 
 
-def _source_of(manifest: Manifest, checkpoint: Path | None, tokenizer: Path) -> Source:
+def source_of_bundle(manifest: Manifest, checkpoint: Path | None, tokenizer: Path) -> Source:
     """The source of a bundle: the one that was named, or the one that its manifest names."""
     if checkpoint is not None:
         return open_source(checkpoint, tokenizer=tokenizer)

@@ -1,0 +1,53 @@
+"""Which checkpoint a bundle is held against when none is named."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gemma_export.errors import CheckpointError
+from gemma_export.exporter.config import tiny_folder
+from gemma_export.exporter.parity.measure import source_of_bundle
+from gemma_export.runtime.bundle import Manifest, open_bundle
+
+TOKENIZER = tiny_folder() / "tokenizer.model"
+
+
+@pytest.fixture
+def manifest(tiny_bundle: Path) -> Manifest:
+    return open_bundle(tiny_bundle, check="sizes").manifest
+
+
+def built_from(manifest: Manifest, **changes: str) -> Manifest:
+    return replace(manifest, checkpoint=replace(manifest.checkpoint, **changes))
+
+
+def test_its_own_checkpoint_comes_first(manifest: Manifest, tmp_path: Path) -> None:
+    own = tmp_path / "fine-tuned"
+    own.mkdir()
+    for path in tiny_folder().iterdir():
+        if path.is_file():
+            (own / path.name).write_bytes(path.read_bytes())
+    source = source_of_bundle(built_from(manifest, source=str(own)), None, TOKENIZER)
+    assert source.checkpoint.folder == own
+
+
+def test_what_ships_is_found_on_another_machine(manifest: Manifest) -> None:
+    source = source_of_bundle(built_from(manifest, source="/nowhere/tiny"), None, TOKENIZER)
+    assert source.checkpoint.folder == tiny_folder()
+
+
+def test_other_weights_of_the_shipped_shape_are_not_what_ships(manifest: Manifest) -> None:
+    gone = built_from(manifest, source="/nowhere/fine-tuned", digest="0" * 64)
+    with pytest.raises(CheckpointError, match="is not at /nowhere/fine-tuned"):
+        source_of_bundle(gone, None, TOKENIZER)
+
+
+def test_random_weights_are_made_again(manifest: Manifest) -> None:
+    source = source_of_bundle(built_from(manifest, source="random weights, seed 5"), None, TOKENIZER)
+    assert source.checkpoint.source == "random weights, seed 5"
+
+
+def test_a_named_checkpoint_wins(manifest: Manifest) -> None:
+    named = built_from(manifest, source="random weights, seed 5")
+    assert source_of_bundle(named, tiny_folder(), TOKENIZER).checkpoint.folder == tiny_folder()
