@@ -15,7 +15,7 @@ import torch
 BLOCK_BYTES = 2 << 20
 """Size of a block as it is written. Every block is touched four times (made, checked, hashed, written), so
 what counts is that it stays in a core's cache and that the allocator hands out the same memory again: with
-16 MiB the writing takes twice as long."""
+4 MiB the writing takes twice as long."""
 
 IR_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
