@@ -4,6 +4,7 @@ What only some commands need is imported by those: `--help`, `inspect` and `gene
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.markup import escape
 
-from gemma_export.errors import PromptError
+from gemma_export.errors import PromptError, UsageError
+from gemma_export.exporter import cli_options as options
 from gemma_export.exporter import events
 from gemma_export.exporter.process import err, out, run, show_error
-from gemma_export.exporter.request import ParityLevel
+from gemma_export.exporter.request import BuildRequest, CalibrationRequest, ParityLevel
 from gemma_export.exporter.screen import JsonLines, Screen, bundle_table, parity_table
 from gemma_export.runtime.bundle import Manifest
 from gemma_export.runtime.manifest import LogitsKind
@@ -34,29 +36,31 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that `build` wrote.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Write JSON for programs.")]
-TemperatureOption = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
-TopKOption = Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 from all.")]
-TopPOption = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up P.")]
-PenaltyOption = Annotated[float, typer.Option(help="Above 1, tokens that were used become less likely.")]
-SeedOption = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
-StopOption = Annotated[list[str] | None, typer.Option("--stop", help="A text to stop at; may be repeated.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Threads; by default one per core.")]
-
 
 @app.command()
 def build(
-    size: Annotated[str | None, typer.Option(help="tiny, 2b or 7b; by default the checkpoint's.")] = None,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Folder or file: safetensors (Hugging Face) or .ckpt (Google).")
+    size: options.Size = None,
+    checkpoint: options.Checkpoint = None,
+    random_weights: options.RandomWeights = False,
+    seed: options.WeightsSeed = None,
+    precision: options.Precision = "fp32",
+    target: options.Target = "cpu",
+    scheme: options.Scheme = None,
+    block: options.Block = None,
+    calibration_data: options.CalibrationData = None,
+    calibration_samples: options.CalibrationSamples = None,
+    calibration_length: options.CalibrationLength = None,
+    calibration_seed: options.CalibrationSeed = None,
+    observer: options.Observer = "mse",
+    scales: options.Scales = None,
+    no_calibration: options.NoCalibration = False,
+    kv_cache: options.Cache = "float",
+    max_kl: Annotated[
+        float | None, typer.Option(help="Keep layers in 16 bits, so that the mean KL is at most this.")
     ] = None,
-    random_weights: Annotated[
-        bool, typer.Option("--random-weights", help="Try a size without its weights.")
-    ] = False,
-    seed: Annotated[int | None, typer.Option(help="Of the random weights.")] = None,
-    precision: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
-    target: Annotated[str, typer.Option(help="cpu (onnxruntime) or onnx (standard operators).")] = "cpu",
+    max_perplexity_increase: Annotated[
+        float | None, typer.Option(help="Likewise for the perplexity, in percent.")
+    ] = None,
     max_length: Annotated[
         int | None, typer.Option(help="Tokens of prompt and answer together; by default the model's context.")
     ] = None,
@@ -69,17 +73,13 @@ def build(
     allow_parity_failure: Annotated[
         bool, typer.Option("--allow-parity-failure", help="Keep a bundle that is outside its budget.")
     ] = False,
-    tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer.model from elsewhere.")] = None,
+    tokenizer: options.Tokenizer = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the bundle.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older bundle.")] = False,
-    as_json: JsonOption = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say nothing; with --json, the result.")
-    ] = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Export a checkpoint to a bundle, and check that it says what the checkpoint says."""
-    from gemma_export.exporter.request import BuildRequest
-
     request = BuildRequest(
         output=output,
         size=size,
@@ -88,6 +88,16 @@ def build(
         seed=seed,
         precision=precision,
         target=target,
+        scheme_name=scheme,
+        block=block,
+        calibration=CalibrationRequest(
+            calibration_data, calibration_samples, calibration_length, calibration_seed, observer
+        ),
+        scales=scales,
+        no_calibration=no_calibration,
+        kv_cache=kv_cache,
+        max_kl=max_kl,
+        max_perplexity_increase=max_perplexity_increase,
         max_length=max_length,
         logits=logits,
         parity=parity,
@@ -119,18 +129,139 @@ def build(
 
 
 @app.command()
+def calibrate(
+    size: options.Size = None,
+    checkpoint: options.Checkpoint = None,
+    random_weights: options.RandomWeights = False,
+    seed: options.WeightsSeed = None,
+    tokenizer: options.Tokenizer = None,
+    precision: options.Quantized = "int8",
+    target: options.Target = "cpu",
+    scheme: options.Scheme = None,
+    block: options.Block = None,
+    calibration_data: options.CalibrationData = None,
+    calibration_samples: options.CalibrationSamples = None,
+    calibration_length: options.CalibrationLength = None,
+    calibration_seed: options.CalibrationSeed = None,
+    observer: options.Observer = "mse",
+    kv_cache: options.Cache = "float",
+    output: Annotated[Path, typer.Option("-o", "--output", help="The file to write.")] = Path("scales.json"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an older file.")] = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Find the scales of a quantized build, and keep them in a file for `build --scales`."""
+    request = BuildRequest(
+        size=size,
+        checkpoint=checkpoint,
+        random_weights=random_weights,
+        seed=seed,
+        tokenizer=tokenizer,
+        precision=precision,
+        target=target,
+        scheme_name=scheme,
+        block=block,
+        calibration=CalibrationRequest(
+            calibration_data, calibration_samples, calibration_length, calibration_seed, observer
+        ),
+        kv_cache=kv_cache,
+    )
+    if not request.calibrated:
+        raise UsageError(
+            f"{precision} has nothing to calibrate.", "Add --precision int8 or --precision int4."
+        )
+    _check_replaceable(output, force=force)
+    with _listening(as_json=as_json, quiet=quiet) as listener:
+        from gemma_export.exporter.quantize.calibrate import run as run_calibration
+
+        run_calibration(request, output, listener)
+    if as_json:
+        JsonLines(out).write({"event": "result", "scales": str(output)})
+    elif not quiet:
+        out.print(f"\n[bold]{escape(str(output))}[/] is ready. Next:", highlight=False)
+        line = " ".join(["gemma-export build", *_as_typed(request), "--scales", quote(str(output))])
+        out.print(f"  {line}", highlight=False, markup=False)
+
+
+@app.command()
+def sensitivity(
+    size: options.Size = None,
+    checkpoint: options.Checkpoint = None,
+    random_weights: options.RandomWeights = False,
+    seed: options.WeightsSeed = None,
+    tokenizer: options.Tokenizer = None,
+    precision: options.Quantized = "int8",
+    target: options.Target = "cpu",
+    scheme: options.Scheme = None,
+    block: options.Block = None,
+    calibration_data: options.CalibrationData = None,
+    calibration_samples: options.CalibrationSamples = None,
+    calibration_length: options.CalibrationLength = None,
+    calibration_seed: options.CalibrationSeed = None,
+    observer: options.Observer = "mse",
+    scales: options.Scales = None,
+    no_calibration: options.NoCalibration = False,
+    text: Annotated[
+        Path | None, typer.Option(help="Text to measure on; by default the project's own.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A file for the report, as JSON.")
+    ] = None,
+    as_json: options.Json = False,
+) -> None:
+    """Measure what each layer costs when it alone is quantized."""
+    request = BuildRequest(
+        size=size,
+        checkpoint=checkpoint,
+        random_weights=random_weights,
+        seed=seed,
+        tokenizer=tokenizer,
+        precision=precision,
+        target=target,
+        scheme_name=scheme,
+        block=block,
+        calibration=CalibrationRequest(
+            calibration_data, calibration_samples, calibration_length, calibration_seed, observer
+        ),
+        scales=scales,
+        no_calibration=no_calibration,
+    )
+    if not request.calibrated:
+        raise UsageError(f"{precision} quantizes nothing.", "Add --precision int8 or --precision int4.")
+    if output is not None:
+        _check_replaceable(output, force=True)
+    with _listening(as_json=as_json, quiet=False) as listener:
+        from gemma_export.exporter.quantize.sensitivity import measure_sensitivity
+        from gemma_export.exporter.quantize.sensitivity_table import sensitivity_table
+        from gemma_export.graphs.storage import disk_errors
+
+        report = measure_sensitivity(request, text, listener)
+    values = report.to_json()
+    if output is not None:
+        with disk_errors(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    if as_json:
+        JsonLines(out).write({"event": "result", **values})
+    else:
+        out.print(sensitivity_table(report))
+        if output is not None:
+            out.print(f"\n{escape(str(output))} is written.", highlight=False)
+
+
+@app.command()
 def generate(
-    bundle: BundleArgument,
+    bundle: options.Bundle,
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = None,
-    stop: StopOption = None,
-    threads: ThreadsOption = None,
-    as_json: JsonOption = False,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    repetition_penalty: options.Penalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
 ) -> None:
     """Continue a text."""
     from gemma_export.runtime.session import load
@@ -161,14 +292,14 @@ def generate(
 
 @app.command()
 def chat(
-    bundle: BundleArgument,
+    bundle: options.Bundle,
     max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 256,
-    temperature: TemperatureOption = 0.0,
-    top_k: TopKOption = 0,
-    top_p: TopPOption = 1.0,
-    repetition_penalty: PenaltyOption = 1.0,
-    seed: SeedOption = None,
-    threads: ThreadsOption = None,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    repetition_penalty: options.Penalty = 1.0,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
 ) -> None:
     """Talk with a model; each turn reads only what is new."""
     from gemma_export.errors import ContextFullError
@@ -202,7 +333,7 @@ def chat(
 
 @app.command()
 def parity(
-    bundle: BundleArgument,
+    bundle: options.Bundle,
     checkpoint: Annotated[
         Path | None, typer.Option(help="The checkpoint; by default the one the bundle was built from.")
     ] = None,
@@ -217,7 +348,7 @@ def parity(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for parity.json and parity.html.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: options.Json = False,
 ) -> None:
     """Measure how far a bundle is from its checkpoint."""
     with _listening(as_json=as_json, quiet=False) as listener:
@@ -248,7 +379,7 @@ def parity(
 
 
 @app.command()
-def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+def inspect(bundle: options.Bundle, as_json: options.Json = False) -> None:
     """Show what a bundle is, what it costs and how it was measured."""
     from gemma_export.runtime.bundle import open_bundle
 
@@ -267,7 +398,7 @@ def inspect(bundle: BundleArgument, as_json: JsonOption = False) -> None:
 
 
 @app.command()
-def verify(bundle: BundleArgument, as_json: JsonOption = False) -> None:
+def verify(bundle: options.Bundle, as_json: options.Json = False) -> None:
     """Check every byte of a bundle against its manifest."""
     from gemma_export.runtime.bundle import open_bundle
 
@@ -294,6 +425,30 @@ def root(
 def main() -> None:
     """The entry point."""
     run(app)
+
+
+def _check_replaceable(output: Path, *, force: bool) -> None:
+    """Refuses to write over a folder, or over an older file unless told to; before anything takes time."""
+    if output.is_dir():
+        raise UsageError(f"{output} is a folder.", "Name a file with -o, such as scales.json.")
+    if os.path.lexists(output) and not force:
+        raise UsageError(f"{output} exists.", "Add --force to replace it, or choose another name with -o.")
+
+
+def _as_typed(request: BuildRequest) -> Iterator[str]:
+    """The options that name a model and how it is quantized, as one can paste them into a shell."""
+    if request.size is not None:
+        yield f"--size {request.size}"
+    for option, path in (("--checkpoint", request.checkpoint), ("--tokenizer", request.tokenizer)):
+        if path is not None:
+            yield f"{option} {quote(str(path))}"
+    if request.random_weights:
+        yield "--random-weights" if request.seed is None else f"--random-weights --seed {request.seed}"
+    yield f"--precision {request.precision} --target {request.target}"
+    if request.scheme_name is not None:
+        yield f"--scheme {request.scheme_name}"
+    if request.kv_cache != "float":
+        yield f"--kv-cache {request.kv_cache}"
 
 
 def _show_extra(extra: tuple[str, ...]) -> None:

@@ -1,7 +1,8 @@
 """The files that let other clients run a bundle as it is: `genai_config.json` and `generation_config.json`.
 
 onnxruntime-genai reads the first: it tells the names of the graph's inputs and outputs, the model's shape and
-how to search. It throws on a key it does not know, so there is nothing in it but what it needs.
+how to search. It throws on a key it does not know, so there is nothing in it but what it needs. The format of
+the caches, int8 among them, it takes from the graph.
 
 The graph has no padding (docs/design.md), and onnxruntime-genai pads the shorter rows of a batch on the left:
 it may run a batch only of prompts of one length.

@@ -1,14 +1,16 @@
 """The stages of a build, in order, and nothing else.
 
-    source → tokenizer and configurations → trace → passes → weights → parity → manifest
+    source → tokenizer and configurations → calibration → trace → passes → weights → audit → parity → manifest
 
 Each hands the next a value; what fails, fails here with a sentence, and leaves nothing behind. What is quick
 to refuse comes before what takes long.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import onnx_ir as ir
@@ -16,6 +18,7 @@ import torch
 
 from gemma_export.errors import ParityError
 from gemma_export.exporter import events
+from gemma_export.exporter.audit import audit
 from gemma_export.exporter.bundle import (
     check_replaceable,
     check_room,
@@ -27,14 +30,17 @@ from gemma_export.exporter.genai import write_genai_config
 from gemma_export.exporter.parity.gate import ParityReport
 from gemma_export.exporter.parity.measure import audit_range, measure_parity
 from gemma_export.exporter.parity.page import write_report
+from gemma_export.exporter.quantize.calibrate import QuantizationPlan, plan_quantization
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, requested_source
 from gemma_export.exporter.tokenizer.files import TokenizerFacts, write_tokenizer
 from gemma_export.exporter.trace import OPSET, bind_weights, trace
 from gemma_export.graphs import schedule
+from gemma_export.graphs.passes.quantize_cache import quantize_cache
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
 from gemma_export.runtime.bundle import (
     ByteCounts,
+    CacheScales,
     CheckpointInfo,
     FileEntry,
     GraphInfo,
@@ -42,6 +48,8 @@ from gemma_export.runtime.bundle import (
     ModelInfo,
     ParameterCounts,
     ParitySummary,
+    QuantizationInfo,
+    QuantizedTensor,
     TensorSpec,
     TokenIds,
 )
@@ -102,8 +110,13 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         with events.stage(listener, "tokenizer") as facts:
             tokens = _write_configurations(source, slots, folder)
             facts |= {"pieces": tokens.pieces, "stop": list(tokens.stop_ids)}
-        graph, files = _write_graph(request, source, slots, folder, listener)
-        manifest = _manifest(request, source, slots, graph, tokens, folder, files)
+        # Codes that calibration chose are read back while the weights are written; they are no part of the bundle.
+        with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.codes.") as codes:
+            plan = plan_quantization(request, source, Path(codes), listener)
+            graph, files = _write_graph(request, source, slots, plan, folder, listener)
+        quantized = _audit(request, plan, folder, listener)
+        cache_scales = plan.table.cache if plan is not None and request.kv_cache == "int8" else ()
+        manifest = _manifest(request, source, slots, graph, quantized, cache_scales, tokens, folder, files)
         write_manifest(folder, manifest)
         report = _check_parity(request, source, folder, listener)
         if report is not None:
@@ -115,12 +128,17 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
 
 
 def _write_graph(
-    request: BuildRequest, source: Source, slots: int, folder: Path, listener: events.Listener
+    request: BuildRequest,
+    source: Source,
+    slots: int,
+    plan: QuantizationPlan | None,
+    folder: Path,
+    listener: events.Listener,
 ) -> tuple[_Graph, dict[str, StoredFile]]:
     """Lowers the graph and streams its weights; once more for each weight that turns out to leave fp16."""
     keep = audit_range(request, source, listener)
     while True:
-        graph = _lower(request, source, slots, keep, listener)
+        graph = _lower(request, source, slots, plan, keep, listener)
         needed = external_bytes(graph.model)
         check_room(folder, needed)
         try:
@@ -139,7 +157,12 @@ def _write_graph(
 
 
 def _lower(
-    request: BuildRequest, source: Source, slots: int, keep: frozenset[str], listener: events.Listener
+    request: BuildRequest,
+    source: Source,
+    slots: int,
+    plan: QuantizationPlan | None,
+    keep: frozenset[str],
+    listener: events.Listener,
 ) -> _Graph:
     scheme = request.scheme
     with events.stage(listener, "trace") as facts:
@@ -149,8 +172,16 @@ def _lower(
         bind_weights(model, source.config, source.weights)
         passes = schedule.canonicalize(model)
         passes |= schedule.lower(
-            model, request.target, getattr(torch, scheme.storage), getattr(torch, scheme.compute), keep
+            model,
+            request.target,
+            getattr(torch, scheme.floating_storage),
+            getattr(torch, scheme.compute),
+            keep,
+            None if plan is None else plan.quantization,
         )
+        if request.kv_cache == "int8":
+            assert plan is not None
+            passes["quantize_cache"] = quantize_cache(model, plan.table.cache)
         facts |= {"nodes": len(model.graph), "passes": passes}
     return _Graph(model, passes, tuple(sorted(keep)))
 
@@ -165,6 +196,41 @@ def _write_configurations(source: Source, slots: int, folder: Path) -> Tokenizer
     )
     write_genai_config(folder, source.config, tokens, max_length=slots)
     return tokens
+
+
+def _audit(
+    request: BuildRequest, plan: QuantizationPlan | None, folder: Path, listener: events.Listener
+) -> QuantizationInfo | None:
+    """Sees to it that what was to be quantized is, in the graph that runs, and says how.
+
+    Raises:
+        GraphError: A product, the lookup or a weight is not what was asked for.
+    """
+    if plan is None:
+        return None
+    with events.stage(listener, "audit") as facts:
+        found = audit(folder / GRAPH_FILE, plan.quantization.linears, request.target)
+        forms = Counter(tensor.form for tensor in found)
+        facts |= dict(sorted(forms.items()))
+    linears, text = plan.table.linears, plan.table.text
+    return QuantizationInfo(
+        calibration=None if text is None else text.source,
+        tokens=0 if text is None else text.tokens,
+        smoothed=len(plan.quantization.smoothing),
+        kept=plan.kept,
+        tensors={
+            tensor.name: QuantizedTensor(
+                form=tensor.form,
+                method="none" if tensor.name in plan.kept else linears[tensor.name].method,
+                operator=tensor.operator,
+                bits=tensor.bits,
+                block=tensor.block,
+                bytes=tensor.bytes,
+                error=None if tensor.name in plan.kept else linears[tensor.name].error,
+            )
+            for tensor in found
+        },
+    )
 
 
 def _check_parity(
@@ -201,6 +267,8 @@ def _manifest(
     source: Source,
     slots: int,
     graph: _Graph,
+    quantized: QuantizationInfo | None,
+    cache_scales: tuple[CacheScales, ...],
     tokens: TokenizerFacts,
     folder: Path,
     stored: dict[str, StoredFile],
@@ -235,7 +303,9 @@ def _manifest(
         target=request.target,
         storage_dtype=scheme.storage,
         compute_dtype=scheme.compute,
-        cache_dtype=scheme.cache,
+        cache_dtype=request.cache_dtype,
+        cache_scales=cache_scales,
+        quantization=quantized,
         fp32_tensors=graph.kept,
         graph=GraphInfo(
             file=GRAPH_FILE,
@@ -252,7 +322,7 @@ def _manifest(
             weights=weights,
             # Of the rotary tables a token reads a row; the embedding is counted once, for the head.
             per_token=weights - tables,
-            cache_per_row=cache * torch.finfo(getattr(torch, scheme.cache)).bits // 8,
+            cache_per_row=cache * getattr(torch, request.cache_dtype).itemsize,
         ),
         checkpoint=CheckpointInfo(
             source.checkpoint.form, source.checkpoint.digest(), source.checkpoint.source

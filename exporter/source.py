@@ -81,7 +81,8 @@ def requested_source(request: BuildRequest) -> Source:
     """The source of a build."""
     if request.random_weights:
         assert request.size is not None
-        dtype = getattr(torch, request.scheme.storage)
+        storage = request.scheme.storage
+        dtype = torch.bfloat16 if storage in ("int8", "int4") else getattr(torch, storage)
         return random_source(request.size, request.seed or 0, dtype, request.tokenizer)
     return open_source(request.checkpoint, request.size, request.tokenizer)
 

@@ -6,12 +6,14 @@ an error that names the pass.
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import onnx_ir as ir
 import torch
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec
+from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
 from gemma_export.graphs.passes.fold_reshape import fold_reshape
 from gemma_export.graphs.passes.fuse_attention import fuse_attention
@@ -23,10 +25,13 @@ from gemma_export.graphs.passes.lower_linear import lower_linear
 from gemma_export.graphs.passes.merge_gate_up import merge_gate_up
 from gemma_export.graphs.passes.merge_projections import merge_projections
 from gemma_export.graphs.passes.name_values import name_values
+from gemma_export.graphs.passes.quantize_embedding import quantize_embedding
+from gemma_export.graphs.passes.quantize_linear import quantize_linear
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
 from gemma_export.graphs.passes.scatter_cache import scatter_cache
 from gemma_export.graphs.passes.share_embedding import share_embedding
 from gemma_export.graphs.passes.store_half import store_half
+from gemma_export.graphs.quantization import Quantization
 
 Pass = Callable[[ir.Model], int]
 PassReport = dict[str, int]
@@ -39,6 +44,12 @@ class Step:
 
     run: Pass
     expected: Callable[[int], int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The pass's."""
+        run = self.run.func if isinstance(self.run, partial) else self.run
+        return str(run.__name__)
 
 
 def _twice(n: int) -> int:
@@ -84,6 +95,20 @@ CPU = (
 """The canonical graph → what onnxruntime's CPU provider runs best."""
 
 
+def cpu_quantized(quantization: Quantization) -> tuple[Step, ...]:
+    """The canonical graph with its channels scaled → what onnxruntime's CPU provider runs best, quantized."""
+    linears = quantization.linears
+    floats = sum(how.form == "float" for how in linears.values())
+    return (
+        Step(lower_group_query_attention, _once_a_layer),
+        # The layers before the table: it is its lookup that tells the head from a layer.
+        Step(partial(quantize_linear, linears=linears)),
+        Step(partial(quantize_embedding, linears=linears)),
+        Step(lower_linear, lambda n: floats),
+        Step(remove_dead_code),
+    )
+
+
 def canonicalize(model: ir.Model) -> PassReport:
     """Turns the traced graph with bound weights into the canonical graph, in place."""
     spec.RAW.check(model)
@@ -93,25 +118,48 @@ def canonicalize(model: ir.Model) -> PassReport:
 
 
 def lower(
-    model: ir.Model, target: str, storage: torch.dtype, compute: torch.dtype, keep: Collection[str] = ()
+    model: ir.Model,
+    target: str,
+    storage: torch.dtype,
+    compute: torch.dtype,
+    keep: Collection[str] = (),
+    quantization: Quantization | None = None,
 ) -> PassReport:
     """Turns the canonical graph into what a target takes, in place.
 
     Args:
         model: The canonical graph, in fp32.
         target: `cpu` or `onnx`.
-        storage: Format of the weights.
-        compute: Format of the arithmetic and of the cache.
+        storage: Format of the weights that are not quantized.
+        compute: Format of the arithmetic and of the cache, products of integers aside.
         keep: Initializers (where only the storage is narrow) or values (where the arithmetic is) that stay
             in fp32.
+        quantization: How weights and products are quantized; None where they are not.
+
+    Raises:
+        GraphError: The graph, or what was chosen for it, is not what a pass or a rule wants.
     """
     report: PassReport = {}
+    rules = spec.CPU
+    if quantization is not None:
+        report["fold_channel_scales"] = fold_channel_scales(model, quantization.smoothing)
     if target == "cpu":
-        report |= run(model, CPU)
+        if quantization is None:
+            report |= run(model, CPU)
+        else:
+            report |= run(model, cpu_quantized(quantization))
+            rules = spec.cpu_quantized({name: how.form for name, how in quantization.linears.items()})
         if storage != torch.float32:
             report["store_half"] = store_half(model, storage, keep)
-        spec.CPU.check(model)
-    elif compute != torch.float32:
+        rules.check(model)
+        return report
+    if quantization is not None:
+        # Only this target's graph needs the pass, and a build of another must not load it.
+        from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
+
+        report["quantize_dequantize"] = quantize_dequantize(model, quantization)
+        report["remove_dead_code"] = remove_dead_code(model)
+    if compute != torch.float32:
         report["half_precision"] = half_precision(model, compute, keep)
         remove_dead_code(model)
         spec.HALF.check(model)
@@ -127,7 +175,7 @@ def run(model: ir.Model, steps: tuple[Step, ...]) -> PassReport:
     layers = spec.num_layers(model)
     report: PassReport = {}
     for step in steps:
-        name = step.run.__name__
+        name = step.name
         count = step.run(model)
         if step.expected is not None and count != step.expected(layers):
             raise GraphError(

@@ -5,16 +5,20 @@ the build with the rule's name, before anything is written.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from gemma_export.errors import GraphError
+from gemma_export.graphs.formats import Form
 from gemma_export.graphs.tensors import streamed
 
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
+
+PRODUCTS = ("MatMulInteger", "MatMulNBits", "FusedMatMul")
+"""Operators of the target cpu that multiply with a weight."""
 
 Rule = Callable[[ir.Model], str | None]
 
@@ -165,6 +169,108 @@ def cpu_operators_are_all_there(model: ir.Model) -> str | None:
     return _differences(counts, wanted)
 
 
+def quantized_operators_are_all_there(model: ir.Model) -> str | None:
+    """Each layer: one fused attention, four products of any form; one head; rounded tokens for integers."""
+    layers = num_layers(model)
+    counts = Counter(node.op_type for node in model.graph)
+    wanted = {
+        "RMSNormalization": 2 * layers + 1,
+        "GroupQueryAttention": layers,
+        "QuantizeLinear": counts["MatMulInteger"],
+        "Gelu": layers,
+        "Attention": 0,
+        "MatMul": 0,
+        "Transpose": 0,
+    }
+    counts["products"], wanted["products"] = sum(counts[name] for name in PRODUCTS), 4 * layers + 1
+    return _differences(counts, wanted)
+
+
+def quantized_table_is_stored_once(model: ir.Model) -> str | None:
+    """One table, of numbers or of codes and scales, each read by the lookup and by the head."""
+    lookups: dict[ir.Value, ir.Node] = {
+        node.inputs[0]: node
+        for node in model.graph
+        if node.op_type == "Gather" and node.inputs[0] is not None and streamed(node.inputs[0]) is not None
+    }
+    stored = {table.dtype for table in lookups}
+    if stored != {ir.DataType.UINT8, ir.DataType.FLOAT}:
+        return embedding_is_stored_once(model)
+    for table in lookups:
+        readers = Counter(use.node.op_type for use in table.uses())
+        if readers != {"Gather": 1, "MatMulNBits": 1}:
+            return f"{table.name} is read by {dict(readers)}"
+    codes = next(table for table in lookups if table.dtype == ir.DataType.UINT8)
+    return None if len(lookups) == 2 else f"{len(lookups)} lookups read stored tables beside {codes.name}"
+
+
+def no_weight_is_stored_twice(model: ir.Model) -> str | None:
+    """What is stored as codes is not stored as numbers too, nor as other codes."""
+    matrices = [
+        (str(value.name), streamed(value))
+        for value in model.graph.initializers.values()
+        if not str(value.name).endswith(".scales")
+    ]
+    names: dict[str, str] = {}
+    for name, tensor in matrices:
+        if tensor is None:
+            continue
+        if (other := names.setdefault(tensor.source.name, name)) != name:
+            return f"{name} stores {tensor.source.name} again, which {other} stores"
+    return None
+
+
+def codes_are_read_as_codes(model: ir.Model) -> str | None:
+    """Every product over integers reads stored codes, and its scales are numbers of 32 bits."""
+    for node in model.graph:
+        if node.op_type not in ("MatMulInteger", "MatMulNBits"):
+            continue
+        codes, scales = node.inputs[1], node.inputs[2]
+        wanted = ir.DataType.INT8 if node.op_type == "MatMulInteger" else ir.DataType.UINT8
+        if codes is None or streamed(codes) is None or codes.dtype != wanted:
+            return f"{node.name} reads no stored codes"
+        if node.op_type == "MatMulNBits" and (scales is None or scales.dtype != ir.DataType.FLOAT):
+            return f"{node.name} has no scales in fp32"
+    return None
+
+
+def forms_are_those_chosen(forms: Mapping[str, Form]) -> Rule:
+    """A rule: each layer, by name, and the head, by the table's, has the form that was chosen for it.
+
+    Args:
+        forms: Of every linear layer and the table, `embed_tokens`, by name.
+    """
+
+    def every_product_has_its_form(model: ir.Model) -> str | None:
+        found = dict.fromkeys(forms, "missing")
+        for node in model.graph:
+            weight = node.inputs[1] if len(node.inputs) > 1 else None
+            if node.op_type not in PRODUCTS or weight is None:
+                continue
+            producer = weight.producer()
+            stored = weight if producer is None else producer.inputs[0]
+            found["" if stored is None else str(stored.name).rsplit(".", 1)[0]] = _form(node)
+        wrong = [
+            f"{name} is {form}, not {forms.get(name)}"
+            for name, form in found.items()
+            if form != forms.get(name)
+        ]
+        return "; ".join(wrong[:3]) or None
+
+    return every_product_has_its_form
+
+
+def _form(product: ir.Node) -> str:
+    """The form of a product, by its operator."""
+    match product.op_type:
+        case "MatMulInteger":
+            return "w8a8-token"
+        case "MatMulNBits":
+            return f"w{product.attributes['bits'].as_int()}"
+        case _:
+            return "float"
+
+
 def _differences(counts: Counter[str], wanted: dict[str, int]) -> str | None:
     wrong = [f"{counts[name]} {name}, not {count}" for name, count in wanted.items() if counts[name] != count]
     return "; ".join(wrong) or None
@@ -209,3 +315,21 @@ CPU = Spec(
         cpu_operators_are_all_there,
     ),
 )
+CPU_QUANTIZED = Spec(
+    "quantized CPU",
+    (
+        inputs_and_outputs_follow_the_contract,
+        every_initializer_has_a_value,
+        no_initializer_is_unused,
+        caches_are_written_straight,
+        quantized_table_is_stored_once,
+        no_weight_is_stored_twice,
+        codes_are_read_as_codes,
+        quantized_operators_are_all_there,
+    ),
+)
+
+
+def cpu_quantized(forms: Mapping[str, Form]) -> Spec:
+    """The rules of a quantized CPU graph, and that its products have the forms chosen for them, by name."""
+    return Spec(CPU_QUANTIZED.stage, (*CPU_QUANTIZED.rules, forms_are_those_chosen(forms)))

@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from gemma_export.errors import CheckpointError, StorageError
-from gemma_export.graphs.tensors import StreamedTensor, streamed
+from gemma_export.errors import StorageError
+from gemma_export.graphs.direct_file import DirectFile
+from gemma_export.graphs.tensors import StreamedTensor, not_finite, streamed
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -106,7 +106,7 @@ def write_model(model: ir.Model, folder: Path, progress: Progress | None = None)
             item.offset,
             item.tensor.nbytes,
             item.tensor.dtype,
-            shape=ir.Shape(item.tensor.source.shape),
+            shape=ir.Shape(item.tensor.shape),
             name=str(item.value.name),
             base_dir=folder,
         )
@@ -142,12 +142,12 @@ def _write_data(placed: list[_Placed], path: Path, total: int, progress: Progres
     torch.set_num_threads(1)  # Three threads share the work already; more would wait, spinning.
     reader.start()
     try:
-        with path.open("wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as hashing:
+        with DirectFile(path) as file, ThreadPoolExecutor(1, "hash") as hashing:
             while (block := blocks.get()) is not None:
                 if isinstance(block, BaseException):
                     raise block
                 hashed = hashing.submit(digest.update, block)  # While the disk takes the same block.
-                _write_all(file, block)
+                file.write(block)
                 hashed.result()
                 written += len(block)
                 if progress is not None:
@@ -161,12 +161,6 @@ def _write_data(placed: list[_Placed], path: Path, total: int, progress: Progres
         reader.join()
         torch.set_num_threads(threads)
     return StoredFile(written, digest.hexdigest())
-
-
-def _write_all(file: FileIO, block: memoryview) -> None:
-    """Writes a whole block: an unbuffered file may take only part of it, as one nearly full disk does."""
-    while block:
-        block = block[file.write(block) :]
 
 
 def _read_blocks(
@@ -199,14 +193,13 @@ def _check_inline(model: ir.Model) -> None:
 
 
 def _check_finite(block: torch.Tensor, tensor: StreamedTensor) -> None:
-    """Refuses NaN and infinity; a sum shows either at the cost of one read."""
+    """Refuses NaN and infinity; a sum shows either at the cost of one read. Codes are always finite."""
+    if not block.is_floating_point():
+        return
     if torch.isfinite(block.sum(dtype=torch.float32)) or torch.isfinite(block).all():
         return
     if torch.isnan(block).any() or block.dtype == torch.float32:
-        raise CheckpointError(
-            f"The weight {tensor.source.name} holds NaN or infinity.",
-            "The checkpoint is damaged or its training diverged: get it again, or look at the training run.",
-        )
+        raise not_finite(tensor.source)
     raise LeavesRangeError(str(tensor.name))
 
 

@@ -12,6 +12,8 @@ from typing import Protocol
 import onnx_ir as ir
 import torch
 
+from gemma_export.errors import CheckpointError
+
 BLOCK_BYTES = 2 << 20
 """Size of a block as it is written. Every block is touched four times (made, checked, hashed, written), so
 what counts is that it stays in a core's cache and that the allocator hands out the same memory again: with
@@ -21,6 +23,8 @@ IR_DTYPES = {
     torch.float32: ir.DataType.FLOAT,
     torch.float16: ir.DataType.FLOAT16,
     torch.bfloat16: ir.DataType.BFLOAT16,
+    torch.int8: ir.DataType.INT8,
+    torch.uint8: ir.DataType.UINT8,
 }
 TORCH_DTYPES = {ir_dtype: dtype for dtype, ir_dtype in IR_DTYPES.items()}
 
@@ -40,7 +44,7 @@ class RowSource(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """float32, float16 or bfloat16."""
+        """float32, float16 or bfloat16; int8 or uint8 of codes."""
         ...
 
     def read(self, start: int, stop: int) -> torch.Tensor:
@@ -151,20 +155,85 @@ class ConcatRows:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class ScaleRows:
+    """Each row of a source times a number of its own, in fp32.
+
+    Attributes:
+        source: [N] or [N, K].
+        factors: fp32 [N].
+    """
+
+    source: RowSource
+    factors: torch.Tensor
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's shape."""
+        return self.source.shape
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), fp32."""
+        rows = self.source.read(start, stop).float()
+        return rows * self.factors[start:stop].view(-1, *[1] * (rows.dim() - 1))
+
+
+@dataclass(frozen=True)
+class ScaleColumns:
+    """Each column of a source times a number of its own, in fp32.
+
+    Attributes:
+        source: [N, K].
+        factors: fp32 [K].
+    """
+
+    source: RowSource
+    factors: torch.Tensor
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        """The source's name."""
+        return self.source.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The source's shape."""
+        return self.source.shape
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop), fp32."""
+        return self.source.read(start, stop).float() * self.factors
+
+
 class StreamedTensor(ir.LazyTensor):
     """An initializer's value that is written block by block and never held whole.
 
     Asking it for its whole value is possible for small tensors only (a library that evaluates constants may);
     a pass that would read a whole weight is stopped.
+
+    Args:
+        source: Its rows.
+        name: Of the initializer; None takes the source's.
+        dtype: INT4 where the source's bytes (uint8 [.., K / 2]) hold two numbers each, the first in the low
+            half: the tensor is then [.., K]. None for the format that the source has.
     """
 
     WHOLE_LIMIT_BYTES = 64 << 20
 
-    def __init__(self, source: RowSource, name: str | None = None) -> None:
+    def __init__(self, source: RowSource, name: str | None = None, dtype: ir.DataType | None = None) -> None:
+        packed = dtype == ir.DataType.INT4
+        shape = (*source.shape[:-1], 2 * source.shape[-1]) if packed else source.shape
         super().__init__(
             self._whole,
-            dtype=IR_DTYPES[source.dtype],
-            shape=ir.Shape(source.shape),
+            dtype=ir.DataType.INT4 if packed else IR_DTYPES[source.dtype],
+            shape=ir.Shape(shape),
             name=name or source.name,
         )
         self.source = source
@@ -172,7 +241,10 @@ class StreamedTensor(ir.LazyTensor):
     def _whole(self) -> ir.TensorProtocol:
         if self.nbytes > self.WHOLE_LIMIT_BYTES:
             raise MemoryError(f"{self.name} ({self.nbytes:,} bytes) may only be read in blocks")
-        return ir.tensor(self.source.read(0, self.source.shape[0]).contiguous(), name=self.name)
+        rows = self.source.read(0, self.source.shape[0]).contiguous()
+        if self.dtype == ir.DataType.INT4:
+            return ir.PackedTensor(rows.numpy().reshape(-1), self.dtype, shape=self.shape, name=self.name)
+        return ir.tensor(rows, name=self.name)
 
     def blocks(self, block_bytes: int = BLOCK_BYTES) -> Iterator[torch.Tensor]:
         """The value as consecutive blocks of whole rows, each about `block_bytes` or one row."""
@@ -182,17 +254,27 @@ class StreamedTensor(ir.LazyTensor):
             yield self.source.read(start, min(start + step, rows))
 
 
+def not_finite(source: RowSource) -> CheckpointError:
+    """What is raised for a weight with NaN or infinity in it."""
+    return CheckpointError(
+        f"The weight {source.name} holds NaN or infinity.",
+        "The checkpoint is damaged or its training diverged: get it again, or look at the training run.",
+    )
+
+
 def streamed(value: ir.Value | None) -> StreamedTensor | None:
     """The streamed tensor behind an initializer, or None for anything else."""
     tensor = None if value is None else value.const_value
     return tensor if isinstance(tensor, StreamedTensor) else None
 
 
-def add_initializer(graph: ir.Graph, name: str, source: RowSource) -> ir.Value:
-    """Registers a streamed initializer and returns its value."""
-    tensor = StreamedTensor(source, name=name)
+def add_initializer(
+    graph: ir.Graph, name: str, source: RowSource, dtype: ir.DataType | None = None
+) -> ir.Value:
+    """Registers a streamed initializer and returns its value; `dtype` as `StreamedTensor` has it."""
+    tensor = StreamedTensor(source, name=name, dtype=dtype)
     value = ir.Value(
-        name=name, shape=ir.Shape(source.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
+        name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
     )
     graph.register_initializer(value)
     return value

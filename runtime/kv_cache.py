@@ -4,7 +4,7 @@ Symbols in shape comments: B rows, K key-value heads, S slots, h head_dim, T new
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +18,25 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     # numpy has no bfloat16: its 16 bits are kept as they are.
     "bfloat16": np.dtype(np.uint16),
+    "int8": np.dtype(np.int8),
 }
 """The numpy dtype that holds each dtype a cache may have."""
 
 _ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+
+
+class LayerScales(Protocol):
+    """What the codes of one layer's int8 cache stand for: code · scale, with a positive scale per KV head."""
+
+    @property
+    def key(self) -> Sequence[float]:
+        """Of the keys, K numbers."""
+        ...
+
+    @property
+    def value(self) -> Sequence[float]:
+        """Of the values, K numbers."""
+        ...
 
 
 class KVCache:
@@ -34,8 +49,12 @@ class KVCache:
     Args:
         key_buffers: One [B, K, S, h] C-contiguous array per layer, of the storage dtype; not copied.
         value_buffers: Likewise.
-        dtype: The dtype of the elements: float32, float16 or bfloat16.
+        dtype: The dtype of the elements: float32, float16, bfloat16 or int8.
         lengths: int64 [B], not copied: the filled slots of each row.
+        scales: Of an int8 cache, one per layer; of any other, none.
+
+    Raises:
+        ValueError: An int8 cache has not the scales of every layer and head, or another cache has some.
     """
 
     def __init__(
@@ -44,6 +63,7 @@ class KVCache:
         value_buffers: Sequence[Array],
         dtype: str,
         lengths: npt.NDArray[np.int64],
+        scales: Sequence[LayerScales] = (),
     ) -> None:
         self.key_buffers = tuple(key_buffers)
         self.value_buffers = tuple(value_buffers)
@@ -51,19 +71,36 @@ class KVCache:
         self.lengths = lengths
         self.batch: int = self.key_buffers[0].shape[0]
         self.max_length: int = self.key_buffers[0].shape[2]
+        self.scales = tuple(scales)
+        heads: int = self.key_buffers[0].shape[1]
+        wanted = [(heads, heads)] * (len(self.key_buffers) if dtype == "int8" else 0)
+        if [(len(layer.key), len(layer.value)) for layer in self.scales] != wanted:
+            shape = f"{len(self.key_buffers)} layers of {heads} heads in {dtype}"
+            raise ValueError(f"the scales do not fit {shape}: {self.scales}")
 
     @classmethod
     def allocate(
-        cls, *, layers: int, batch: int, kv_heads: int, max_length: int, head_dim: int, dtype: str
+        cls,
+        *,
+        layers: int,
+        batch: int,
+        kv_heads: int,
+        max_length: int,
+        head_dim: int,
+        dtype: str,
+        scales: Sequence[LayerScales] = (),
     ) -> "KVCache":
         """An empty cache of `2 * layers * batch * kv_heads * max_length * head_dim` elements.
 
         The memory comes from the system as zeros and is not touched here.
+
+        Raises:
+            ValueError: `dtype` and `scales` do not fit, as in the constructor.
         """
         shape = (batch, kv_heads, max_length, head_dim)
         keys = [_aligned_zeros(shape, STORAGE[dtype]) for _ in range(layers)]
         values = [_aligned_zeros(shape, STORAGE[dtype]) for _ in range(layers)]
-        return cls(keys, values, dtype, np.zeros(batch, np.int64))
+        return cls(keys, values, dtype, np.zeros(batch, np.int64), scales)
 
     @property
     def length(self) -> int:
@@ -89,6 +126,7 @@ class KVCache:
             [buffer[rows] for buffer in self.value_buffers],
             self.dtype,
             self.lengths[rows],
+            self.scales,
         )
 
     def require(self, new_tokens: int) -> None:
@@ -110,18 +148,20 @@ class KVCache:
     def keys(self, layer: int) -> Array:
         """The filled keys of a layer: [B, K, length, h].
 
-        float32 and float16 are views of the cache; bfloat16, which numpy lacks, is a float32 copy.
+        float32 and float16 are views of the cache; bfloat16, which numpy lacks, and int8 are float32 copies.
         """
-        return self._filled(self.key_buffers[layer])
+        return self._filled(self.key_buffers[layer], self.scales[layer].key if self.scales else ())
 
     def values(self, layer: int) -> Array:
         """The filled values of a layer, as `keys`."""
-        return self._filled(self.value_buffers[layer])
+        return self._filled(self.value_buffers[layer], self.scales[layer].value if self.scales else ())
 
-    def _filled(self, buffer: Array) -> Array:
+    def _filled(self, buffer: Array, scales: Sequence[float]) -> Array:
         filled = buffer[:, :, : self.length]
         if self.dtype == "bfloat16":
             return (filled.astype(np.uint32) << 16).view(np.float32)
+        if self.dtype == "int8":
+            return filled.astype(np.float32) * np.array(scales, np.float32)[:, None, None]
         return filled
 
 

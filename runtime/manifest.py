@@ -6,12 +6,12 @@ dataclasses with `Manifest.to_json`.
 """
 
 import json
-import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
 
 from gemma_export.errors import BundleError
+from gemma_export.schema import MisshapenError, read_value
 
 FORMAT = "gemma-export-bundle"
 FORMAT_VERSION = 1
@@ -19,6 +19,8 @@ MANIFEST_NAME = "manifest.json"
 TOKENIZER_NAME = "tokenizer.model"
 
 FloatType = Literal["float32", "float16", "bfloat16"]
+StorageType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
+CacheType = Literal["float32", "float16", "bfloat16", "int8"]
 LogitsKind = Literal["last", "all"]
 
 _REBUILD = "Build the bundle again with `gemma-export build`, or fetch it again."
@@ -112,6 +114,56 @@ class CheckpointInfo:
 
 
 @dataclass(frozen=True)
+class CacheScales:
+    """What the codes of one layer's int8 cache stand for: code · scale, a scale per KV head."""
+
+    key: tuple[float, ...]
+    value: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One linear layer, or the embedding table (lookup and head), as it is stored and computed.
+
+    Attributes:
+        form: How its product is computed, a name of `graphs.formats.Form`.
+        method: How its codes were chosen: `nearest`, `mse`, `gptq`, or `none` where it keeps 16 bits.
+        operator: What computes it, as the optimized graph was found to.
+        bits: Of a weight.
+        block: Columns that share a scale; None for one scale per row, and for 16 bits.
+        bytes: Of its codes and scales.
+        error: Squared error of its output / squared output on the calibration text; None without one.
+    """
+
+    form: str
+    method: str
+    operator: str
+    bits: int
+    block: int | None
+    bytes: int
+    error: float | None
+
+
+@dataclass(frozen=True)
+class QuantizationInfo:
+    """How the weights were quantized.
+
+    Attributes:
+        calibration: What was run for it: a file's name, `written by the model`, or None.
+        tokens: How many of it.
+        smoothed: How many inputs of linear layers have their channels scaled.
+        kept: Why each tensor that keeps 16 bits does, by name.
+        tensors: Every linear layer and the embedding table, by name.
+    """
+
+    calibration: str | None
+    tokens: int
+    smoothed: int
+    kept: Mapping[str, str]
+    tensors: Mapping[str, QuantizedTensor]
+
+
+@dataclass(frozen=True)
 class ParitySummary:
     """The verdict of the parity gate; in JSON the figures stand beside it, not in an object of their own."""
 
@@ -130,9 +182,11 @@ class Manifest:
     precision: str
     scheme: str
     target: str
-    storage_dtype: FloatType
+    storage_dtype: StorageType
     compute_dtype: FloatType
-    cache_dtype: FloatType
+    cache_dtype: CacheType
+    cache_scales: tuple[CacheScales, ...]
+    quantization: QuantizationInfo | None
     fp32_tensors: tuple[str, ...]
     graph: GraphInfo
     tokens: TokenIds
@@ -169,7 +223,10 @@ class Manifest:
             known = {field.name for field in fields(ParitySummary)}
             figures = {key: value for key, value in parity.items() if key not in known}
             data["parity"] = {**parity, "figures": figures}
-        manifest: Manifest = _read(data, cls, "")
+        try:
+            manifest: Manifest = read_value(data, cls)
+        except MisshapenError as error:
+            raise BundleError(f"{MANIFEST_NAME}: {error}.", _REBUILD) from None
         _check_numbers(manifest)
         return manifest
 
@@ -212,57 +269,3 @@ def _check_numbers(manifest: Manifest) -> None:
                 f"{MANIFEST_NAME}: tokens.{name} {token} is outside the vocabulary of {model.vocab_size}.",
                 _REBUILD,
             )
-
-
-def _read(value: Any, wanted: Any, place: str) -> Any:
-    """`value` as the annotated type `wanted`; `place` is where it stands, for the message."""
-    origin, arguments = get_origin(wanted), get_args(wanted)
-    if wanted is Any:
-        return value
-    if is_dataclass(wanted) and isinstance(wanted, type):
-        return _read_dataclass(value, wanted, place)
-    if origin is Literal:
-        if isinstance(value, str) and value in arguments:
-            return value
-        raise _misshapen(place, value, "one of " + ", ".join(f'"{choice}"' for choice in arguments))
-    if origin in (Union, types.UnionType):
-        for choice in arguments:
-            if choice is type(None) and value is None:
-                return None
-            if choice in (str, int) and type(value) is choice:
-                return _read(value, choice, place)
-        raise _misshapen(place, value, "another type")
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise _misshapen(place, value, "a list")
-        return tuple(_read(item, arguments[0], f"{place}[{index}]") for index, item in enumerate(value))
-    if origin is Mapping:
-        if not isinstance(value, dict):
-            raise _misshapen(place, value, "an object")
-        return {key: _read(item, arguments[1], f"{place}[{key!r}]") for key, item in value.items()}
-    if wanted is int and (type(value) is not int or value < 0):
-        raise _misshapen(place, value, "a whole number that is not negative")
-    if wanted is float and type(value) not in (int, float):
-        raise _misshapen(place, value, "a number")
-    if wanted in (str, bool) and type(value) is not wanted:
-        raise _misshapen(place, value, {str: "text", bool: "true or false"}[wanted])
-    return value
-
-
-def _read_dataclass(value: Any, wanted: type, place: str) -> Any:
-    if not isinstance(value, dict):
-        raise _misshapen(place, value, "an object")
-    hints = get_type_hints(wanted)
-    read = {}
-    for name in (field.name for field in fields(wanted)):
-        inner = f"{place}.{name}" if place else name
-        if name not in value:
-            raise BundleError(f"{MANIFEST_NAME}: {inner} is missing.", _REBUILD)
-        read[name] = _read(value[name], hints[name], inner)
-    return wanted(**read)
-
-
-def _misshapen(place: str, value: object, wanted: str) -> BundleError:
-    shown = repr(value)
-    shown = shown if len(shown) <= 60 else shown[:57] + "..."
-    return BundleError(f"{MANIFEST_NAME}: {place or 'the whole'} is {shown}; it must be {wanted}.", _REBUILD)

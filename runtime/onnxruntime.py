@@ -1,6 +1,6 @@
 """The onnxruntime backend, on a CPU: nothing is allocated or copied per decoded token.
 
-Past and present of a layer are bound to one buffer, so TensorScatter writes the new slots in place. The
+Past and present of a layer are bound to one buffer, so the graph writes the new slots in place. The
 inputs and the logits of a step have buffers of their own, bound once per cache and shape.
 """
 
@@ -25,9 +25,14 @@ except ImportError as error:
     ) from error
 
 # TensorProto.DataType of the ONNX specification.
-_ELEMENT_TYPE = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+_ELEMENT_TYPE = {"float32": 1, "int8": 3, "int64": 7, "float16": 10, "bfloat16": 16}
 # onnxruntime's own spelling of the same.
-_ORT_TYPE = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+_ORT_TYPE = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int8)": "int8",
+}
 
 # Where a graph that is not a file finds its weights.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -87,6 +92,7 @@ class OnnxRuntimeBackend:
             max_length=self._manifest.graph.max_length,
             head_dim=model.head_dim,
             dtype=self._manifest.cache_dtype,
+            scales=self._manifest.cache_scales,
         )
 
     def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache) -> Logits:
@@ -170,6 +176,7 @@ def _check_contract(session: Any, manifest: Manifest) -> None:
     _check_names("inputs", wanted_inputs, inputs)
     _check_names("outputs", wanted_outputs, outputs)
     model, graph = manifest.model, manifest.graph
+    _check_scales(manifest)
     caches = {name for layer in names for name in layer}
     for value in (*inputs.values(), *outputs.values()):
         if value.name in caches:
@@ -181,6 +188,19 @@ def _check_contract(session: Any, manifest: Manifest) -> None:
     tokens = logits.shape[1]
     if (tokens == 1) != (graph.logits == "last"):
         raise _other_contract(f"it gives the logits of {tokens} tokens, the manifest says {graph.logits}")
+
+
+def _check_scales(manifest: Manifest) -> None:
+    """Refuses an int8 cache whose codes nobody could read, and scales of a cache that has no codes."""
+    model = manifest.model
+    heads = [(len(layer.key), len(layer.value)) for layer in manifest.cache_scales]
+    if manifest.cache_dtype != "int8" and heads:
+        raise _other_contract(f"the manifest has scales of a cache that is {manifest.cache_dtype}")
+    if manifest.cache_dtype == "int8" and heads != [(model.num_kv_heads,) * 2] * model.num_layers:
+        raise _other_contract(
+            f"its int8 cache has {model.num_layers} layers of {model.num_kv_heads} KV heads, "
+            f"the manifest has the scales of {heads or 'none'}"
+        )
 
 
 def _check_tensor(value: Any, dtype: str, shape: Sequence[int | None]) -> None:

@@ -119,6 +119,26 @@ BUDGETS: Mapping[str, Budget] = {
         "bfloat16 checkpoint is stored exactly; the bound is for bfloat16 arithmetic and for rounding an "
         "fp32 checkpoint.",
     ),
+    "int8": Budget(
+        max_relative_error=1e-1,
+        mean_kl=5e-3,
+        max_kl=1.0,
+        top1_agreement=0.96,
+        perplexity_change=1e-2,
+        reason="8-bit weights and, where products are integer, 8-bit activations: 2^-8 of a group's largest "
+        "number per rounding, and that number is several times a typical one. Like bfloat16 in the mean, with "
+        "a longer tail: one rounded outlier moves a whole token.",
+    ),
+    "int4": Budget(
+        max_relative_error=3e-1,
+        mean_kl=5e-2,
+        max_kl=3.0,
+        top1_agreement=0.85,
+        perplexity_change=1e-1,
+        reason="16 levels per weight: 2^-4 of a group's largest, sixteen times the rounding of int8 on half of "
+        "the error's sources. The bounds separate a quantized model from a broken one; what a checkpoint "
+        "really pays is in the report, and --max-kl asks for less.",
+    ),
 }
 """The budget of each precision."""
 

@@ -175,7 +175,8 @@ def source_of_bundle(manifest: Manifest, checkpoint: Path | None, tokenizer: Pat
     if checkpoint is not None:
         return open_source(checkpoint, tokenizer=tokenizer)
     if (match := _RANDOM.fullmatch(manifest.checkpoint.source or "")) is not None:
-        dtype = getattr(torch, manifest.storage_dtype)
+        storage = manifest.storage_dtype
+        dtype = torch.bfloat16 if storage in ("int8", "int4") else getattr(torch, storage)
         return random_source(manifest.model.size, int(match.group(1)), dtype, tokenizer)
     source = manifest.checkpoint.source
     if source is not None and Path(source).exists():

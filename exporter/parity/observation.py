@@ -17,6 +17,7 @@ Names, with the layer's own in front (`layers.3.`); arrays are fp32, [B, T, …]
 """
 
 from collections.abc import Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -30,20 +31,28 @@ Observe = Callable[[str, npt.NDArray[np.float32]], None]
 
 
 @contextmanager
-def watch(layer: DecoderLayer, prefix: str, observe: Observe | None) -> Iterator[None]:
+def watch(
+    layer: DecoderLayer, prefix: str, observe: Observe | None, wanted: AbstractSet[str] | None = None
+) -> Iterator[None]:
     """Calls `observe` with each activation of `layer` while the context lasts; with None, does nothing.
 
     Args:
         layer: The layer, whose results are not touched.
         prefix: The layer's name, put before each activation's.
         observe: Gets a name and an array that is only good during the call.
+        wanted: Names from the table above, without the layer's: nothing is computed for any other. None shows
+            all.
     """
     if observe is None:
         yield
         return
 
+    def asked(*names: str) -> bool:
+        return wanted is None or not wanted.isdisjoint(names)
+
     def show(name: str, tensor: Tensor) -> None:
-        observe(f"{prefix}.{name}", tensor.detach().numpy())
+        if asked(name):
+            observe(f"{prefix}.{name}", tensor.detach().numpy())
 
     attention = layer.self_attn
     queries: list[Tensor] = []
@@ -56,9 +65,14 @@ def watch(layer: DecoderLayer, prefix: str, observe: Observe | None) -> Iterator
 
     def after_attention(module: nn.Module, args: Any, output: tuple[Tensor, Tensor, Tensor]) -> None:
         cos, sin, key = args[2], args[3], output[1]
-        query = rotate(attention._heads(queries.pop(), attention.query_heads), cos, sin)
-        show("self_attn.query", query)
         show("self_attn.key", key)
+        projected = queries.pop()
+        if not asked("self_attn.query", "self_attn.scores"):
+            return
+        query = rotate(attention._heads(projected, attention.query_heads), cos, sin)
+        show("self_attn.query", query)
+        if not asked("self_attn.scores"):
+            return
         folded = query.reshape(query.shape[0], attention.kv_heads, -1, *query.shape[2:])  # [B, K, G, T, h]
         show("self_attn.scores", folded @ key[:, :, None].transpose(-1, -2))
 

@@ -9,6 +9,7 @@ Symbols in the shape comments: T tokens, d hidden size, K KV heads, h head_dim, 
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +142,8 @@ class Reference:
         sequences: Sequence[Sequence[int]],
         *,
         observe: Observe | None = None,
+        wanted: AbstractSet[str] | None = None,
+        after_layer: Callable[[int], None] | None = None,
         keep_cache: bool | Positions = True,
     ) -> ReferenceRun:
         """Runs every sequence, alone and from position 0, through the whole model.
@@ -149,6 +152,8 @@ class Reference:
             sequences: Token ids; the lengths may differ.
             observe: Called with every activation and its name, as `observation.watch` describes; the
                 logits are among them when they are asked of the result.
+            wanted: Names of a layer's activations that `observe` is for; None shows it all of them.
+            after_layer: Called with a layer's number once every sequence has passed through it.
             keep_cache: Whether to keep keys and values; or, for each sequence, the positions to keep.
 
         Raises:
@@ -156,23 +161,25 @@ class Reference:
         """
         check_sequences(sequences, self.config.vocab_size)
         kept = kept_positions(sequences, keep_cache)
-        hidden = self._embed(sequences)
+        hidden = self.embed(sequences)
         if observe is not None:
             for x in hidden:
                 observe("embedding", _array(x))
         tables = rotary_tables(self.config, max(len(x) for x in hidden))
-        layer = _empty(lambda: DecoderLayer(self.config))
+        layer = empty_module(lambda: DecoderLayer(self.config))
         cache: list[list[tuple[Tensor, Tensor]]] = []
         for i in range(self.config.num_layers):
             _log.debug("reference: layer %d of %d", i + 1, self.config.num_layers)
             prefix = f"layers.{i}"
-            self._load(layer, prefix)
-            with watch(layer, prefix, observe):
+            self.load(layer, prefix)
+            with watch(layer, prefix, observe, wanted):
                 cache.append(
-                    [self._through(layer, x, tables, keep) for x, keep in zip(hidden, kept, strict=True)]
+                    [self.through(layer, x, tables, keep) for x, keep in zip(hidden, kept, strict=True)]
                 )
-        norm = _empty(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
-        self._load(norm, "norm")
+            if after_layer is not None:
+                after_layer(i)
+        norm = empty_module(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
+        self.load(norm, "norm")
         normed = [norm(x) for x in hidden]
         if observe is not None:
             for x in normed:
@@ -180,7 +187,7 @@ class Reference:
         lengths = tuple(len(sequence) for sequence in sequences)
         return ReferenceRun(lengths, normed, self._weights["embed_tokens.weight"], cache, observe)
 
-    def _embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
+    def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Scaled embeddings of each sequence [T, d], reading only the blocks of rows that are used."""
         table = self._weights["embed_tokens.weight"]
         tokens = [torch.tensor(sequence) for sequence in sequences]
@@ -192,14 +199,14 @@ class Reference:
         scaled = rows * self.config.hidden_size**0.5
         return [scaled[part] for part in where.split([len(sequence) for sequence in tokens])]
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
+    def load(self, module: nn.Module, prefix: str) -> None:
         """Fills a module's parameters with those of `prefix`, upcast block by block into the same storage."""
         for name, parameter in module.named_parameters():
             lazy = self._weights[f"{prefix}.{name}"]
-            for start, stop, rows in _row_blocks(lazy):
+            for start, stop, rows in row_blocks(lazy):
                 parameter[start:stop].copy_(rows)
 
-    def _through(
+    def through(
         self, layer: DecoderLayer, x: Tensor, tables: tuple[Tensor, Tensor], keep: Sequence[int]
     ) -> tuple[Tensor, Tensor]:
         """Takes one sequence's hidden states [T, d] through a layer, in place; returns the cache kept."""
@@ -221,12 +228,13 @@ class Reference:
 def head_logits(hidden: Tensor, head: LazyTensor) -> Array:
     """Logits [n, V] of hidden states [n, d], reading the head in blocks of rows."""
     logits = torch.empty(len(hidden), head.shape[0])
-    for start, stop, rows in _row_blocks(head):
+    for start, stop, rows in row_blocks(head):
         logits[:, start:stop] = nn.functional.linear(hidden, rows.float())
     return _array(logits)
 
 
-def _row_blocks(lazy: LazyTensor) -> Iterator[tuple[int, int, Tensor]]:
+def row_blocks(lazy: LazyTensor) -> Iterator[tuple[int, int, Tensor]]:
+    """All rows of a tensor in blocks of at most `BLOCK_BYTES` in fp32: first row, one past the last, rows."""
     step = _block_rows(lazy)
     for start in range(0, lazy.shape[0], step):
         stop = min(start + step, lazy.shape[0])
@@ -249,7 +257,7 @@ def _groups(rows: Sequence[int], *, gap: int, limit: int) -> Iterator[tuple[int,
     yield start, last + 1
 
 
-def _empty(make: Callable[[], Any]) -> Any:
+def empty_module(make: Callable[[], Any]) -> Any:
     """A module in fp32 with storage and no values: what would initialise it costs more than running it."""
     with torch.device("meta"):
         module: nn.Module = make()

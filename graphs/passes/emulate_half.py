@@ -8,6 +8,11 @@ operands and results of every operator in 16 bits, sums inside it in fp32, as te
 parity is measured on where the bundle's own graph needs a GPU.
 
 Operators that only move numbers need no rounding, and caches stay between the operator and the graph's edge.
+
+Rounding to 8 bits is done as the graph says. What it gives has no rounding to 16 bits on top: a device
+multiplies the codes, and their scale in fp32 with the sum. Weights that are stored as codes have it, since a
+device makes 16-bit numbers of them; it also stops onnxruntime from fusing the product with them into one that
+rounds activations as well.
 """
 
 import onnx_ir as ir
@@ -36,10 +41,17 @@ def emulate_half(model: ir.Model) -> int:
         half = [(output, output.dtype) for output in node.outputs if output.dtype in HALVES]
         for output, dtype in half:
             output.dtype = ir.DataType.FLOAT
-            if node.op_type not in EXACT and not output.is_graph_output():
+            if node.op_type not in EXACT and not _is_rounded(node) and not output.is_graph_output():
                 _round(graph, output, dtype, node)
                 count += 1
     return count
+
+
+def _is_rounded(node: ir.Node) -> bool:
+    """Whether a node only says what codes stand for that another has made, and not weights."""
+    codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+    producer = None if codes is None else codes.producer()
+    return producer is not None and producer.op_type == "QuantizeLinear"
 
 
 def _widen(graph: ir.Graph, weight: ir.Value, first: ir.Node) -> None:

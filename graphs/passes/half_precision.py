@@ -4,6 +4,7 @@ Each operator gets one format; values that cross between two are cast, once each
 
 - what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), the scaled
   embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
+- what rounds activations to 8 bits: a quotient in the middle between two codes needs the digits;
 - whatever `keep` names, the range audit's findings, and what reads it: cast to 16 bits on its way into the
   next operator, a value that leaves the range would be infinite there.
 
@@ -13,24 +14,27 @@ An operator that only moves numbers has the format of what it moves. Weights of 
 still stored in 16 bits and cast where they are used, unless they themselves are named; gains and rotary
 tables feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's minimum
 would turn into -inf.
+
+Codes are what they are; the numbers they stand for (DequantizeLinear) are 16 bits wide, unless everything
+that reads them is an island: no weight is made wide in memory by a cast.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import onnx_ir as ir
 import torch
 
-from gemma_export.graphs.passes.store_half import is_weight_matrix
+from gemma_export.graphs.passes.patterns import users
 from gemma_export.graphs.tensors import IR_DTYPES, TORCH_DTYPES, StreamedTensor, in_format, streamed
 
 ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add"})
 """Operators that are islands. Every Add of the canonical graph is one of the residual stream."""
 
-MOVES = frozenset({"Gather", "Reshape", "Transpose", "Split", "Slice"})
+MOVES = frozenset({"Gather", "Reshape", "Transpose", "Split", "Slice", "Unsqueeze"})
 """Operators that compute nothing."""
 
-PASSES_ON = (MOVES - {"Gather"}) | {"Cast"}
-"""Operators whose first operand's numbers are their result's: the name of the one is that of the other."""
+PASSES_ON = {"Cast": 1, "QuantizeLinear": 2, "DequantizeLinear": 2} | dict.fromkeys(MOVES - {"Gather"}, 1)
+"""Operators whose result leaves the range where their first operands do: how many operands, by operator."""
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -51,20 +55,22 @@ def half_precision(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = 
     formats = _Formats(graph)
     count = 0
     for node in list(graph):
-        if node.op_type == "Constant" or not _is_float(node.outputs[0]):
+        rounds = node.op_type == "QuantizeLinear"
+        if node.op_type == "Constant" or not (rounds or _is_float(node.outputs[0])):
             continue
         if node.op_type in MOVES:
             assert node.inputs[0] is not None
             target = node.inputs[0].dtype
         else:
-            target = ir.DataType.FLOAT if _is_island(node, keep) else half
+            target = ir.DataType.FLOAT if rounds or _is_island(node, keep) else half
             count += target == half
         assert target is not None
         for index, operand in enumerate(node.inputs):
             if operand is not None and _is_float(operand):
                 node.replace_input_with(index, formats.cast(operand, target, before=node))
         for output in node.outputs:
-            output.dtype = target
+            if _is_float(output):
+                output.dtype = target
     logits = graph.outputs[0]
     if logits.dtype != ir.DataType.FLOAT:
         _cast_output(graph, logits)
@@ -110,7 +116,7 @@ class _Formats:
 def _store_weights(graph: ir.Graph, dtype: torch.dtype, keep: Collection[str]) -> None:
     for value in graph.initializers.values():
         tensor = streamed(value)
-        if tensor is not None and is_weight_matrix(value) and value.name not in keep:
+        if tensor is not None and _is_float(value) and not _feeds_islands(value) and value.name not in keep:
             value.const_value = StreamedTensor(in_format(tensor.source, dtype), name=value.name)
             value.dtype = IR_DTYPES[dtype]
 
@@ -119,27 +125,58 @@ def _is_float(value: ir.Value) -> bool:
     return value.dtype in FLOATS
 
 
+def _feeds_islands(value: ir.Value) -> bool:
+    """Whether an initializer is a gain or a rotary table: a thousandth of the bytes, read in fp32 only."""
+    return all(node.op_type in ALWAYS_FP32 for node in users(value))
+
+
 def _is_island(node: ir.Node, keep: Collection[str]) -> bool:
     if node.op_type in ALWAYS_FP32 or any(output.name in keep for output in node.outputs):
         return True
     if node.op_type == "TensorScatter":
         return False  # The cache's format is the contract's, whatever is written.
-    read = [_moved_from(operand) for operand in node.inputs if operand is not None]
-    scales_embedding = node.op_type == "Mul" and any(_is_looked_up(value) for value in read)
-    return scales_embedding or any(value.name in keep for value in read)
+    read = [origin for operand in node.inputs if operand is not None for origin in _origins(operand)]
+    if any(value.name in keep for value in read):
+        return True
+    if node.op_type == "DequantizeLinear":
+        return all(_is_island(reader, keep) for reader in _readers(node.outputs[0]))
+    if node.op_type != "Mul":
+        return False
+    finishes = [operand.producer() for operand in node.inputs if operand is not None]
+    return any(_is_looked_up(value) for value in read) or any(
+        product is not None and product.op_type == "MatMul" and _is_island(product, keep)
+        for product in finishes
+    )
 
 
-def _moved_from(value: ir.Value) -> ir.Value:
-    """The value before casts, and before what only moves numbers about."""
+def _origins(value: ir.Value) -> Iterator[ir.Value]:
+    """The values that a value says again: those before casts, rounding, and what only moves numbers about."""
     producer = value.producer()
-    if producer is not None and producer.op_type in PASSES_ON and producer.inputs[0] is not None:
-        return _moved_from(producer.inputs[0])
-    return value
+    if producer is None or producer.op_type not in PASSES_ON:
+        yield value
+        return
+    for operand in producer.inputs[: PASSES_ON[producer.op_type]]:
+        if operand is not None:
+            yield from _origins(operand)
+
+
+def _readers(value: ir.Value) -> Iterator[ir.Node]:
+    """The nodes that compute with a value, seen through what only moves it about."""
+    for node in users(value):
+        if node.op_type in MOVES:
+            for output in node.outputs:
+                yield from _readers(output)
+        else:
+            yield node
 
 
 def _is_looked_up(value: ir.Value) -> bool:
+    """Whether a value is rows of the embedding table, or those times something."""
     producer = value.producer()
-    return producer is not None and producer.op_type == "Gather"
+    if producer is None or producer.op_type != "Mul":
+        return producer is not None and producer.op_type == "Gather"
+    factors = [origin for operand in producer.inputs if operand is not None for origin in _origins(operand)]
+    return any(_is_looked_up(factor) for factor in factors)
 
 
 def _cast_output(graph: ir.Graph, value: ir.Value) -> None:

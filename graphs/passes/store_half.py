@@ -4,6 +4,7 @@
     Gather(E, ids)  →  Cast(Gather(E₁₆, ids), fp32)     only the rows that are looked up are converted
 
 Norm gains and rotary tables stay in fp32: they are a thousandth of the bytes, and `1 + w` needs the digits.
+So do the scales of weights that are stored as codes.
 
 Illegal when a weight has values that the 16-bit format cannot hold: those named in `keep` stay in fp32.
 """
@@ -44,8 +45,8 @@ def store_half(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = ()) 
 
 
 def is_weight_matrix(value: ir.Value) -> bool:
-    """Whether an initializer is a matrix of the checkpoint, and not a gain or a rotary table."""
-    return value.shape is not None and len(value.shape) == 2 and not str(value.name).startswith("rotary_")
+    """Whether an initializer is a matrix of the checkpoint: no gain, rotary table, codes or scales."""
+    return value.shape is not None and len(value.shape) == 2 and str(value.name).endswith(".weight")
 
 
 def _cast_after(graph: ir.Graph, node: ir.Node, dtype: torch.dtype) -> None:

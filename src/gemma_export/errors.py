@@ -47,6 +47,14 @@ class BundleError(GemmaExportError):
     """A bundle that is damaged, unsafe, or of another format version."""
 
 
+class ScalesError(GemmaExportError):
+    """A file of scales that is damaged, of another format version, or of another model."""
+
+
+class CalibrationError(GemmaExportError):
+    """Activations of which no scales can be made, or text that shows too few of them."""
+
+
 class ParityError(GemmaExportError):
     """A bundle that does not say what its reference says, within its precision's budget."""
 

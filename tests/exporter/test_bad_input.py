@@ -18,7 +18,7 @@ from support.damage import change_json, change_weights, cut, flip_byte
 
 from gemma_export.exporter import bundle, pipeline
 from gemma_export.exporter.config import tiny_folder
-from gemma_export.graphs import storage
+from gemma_export.graphs import direct_file
 
 Invoke = Callable[[list[object]], Outcome]
 Damage = Callable[[Path], object]
@@ -188,13 +188,16 @@ def refuse_room(monkeypatch: pytest.MonkeyPatch) -> None:
 def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     left = 10_000_000
 
-    def write_some(file: object, block: memoryview) -> None:
+    write = os.write
+
+    def write_some(descriptor: int, data: memoryview) -> int:
         nonlocal left
-        left -= len(block)
+        left -= len(data)
         if left < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data)
 
-    monkeypatch.setattr(storage, "_write_all", write_some)
+    monkeypatch.setattr(direct_file.os, "write", write_some)
 
 
 def fill_disk_late(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,7 +331,7 @@ def test_force_replaces_a_bundle_only_by_a_finished_one(
 
 USAGE: dict[str, tuple[list[object], str, str]] = {
     "size": (["--size", "3b"], "no size '3b'", "tiny, 2b, 7b"),
-    "precision": (["--size", "tiny", "--precision", "int8"], "'int8' cannot be built", "fp32, fp16, bf16"),
+    "precision": (["--size", "tiny", "--precision", "int2"], "'int2' cannot be built", "fp32, fp16, bf16"),
     "target": (["--size", "tiny", "--target", "tpu"], "no target 'tpu'", "cpu and onnx"),
     "nothing": ([], "Neither a size nor a checkpoint", "--size tiny|2b|7b"),
     "two sources": (["--checkpoint", "x", "--random-weights"], "contradict each other", "--random-weights"),

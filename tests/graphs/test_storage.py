@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import threading
-from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from gemma_export.errors import CheckpointError, StorageError
-from gemma_export.graphs import storage
 from gemma_export.graphs.storage import (
     ALIGNMENT,
     DATA_FILE,
@@ -172,17 +170,6 @@ def test_full_disk_is_not_hidden(tmp_path: Path) -> None:
         write_model(model_of(weight=InMemory("weight", LARGE)), tmp_path)
     assert error.value.errno == errno.ENOSPC
     assert "weights" not in [thread.name for thread in threading.enumerate()]
-
-
-def test_block_that_a_disk_takes_in_parts(tmp_path: Path) -> None:
-    class Sluggish(FileIO):
-        def write(self, block: Any) -> int:
-            return super().write(block[:3])
-
-    data = bytes(range(256))
-    with Sluggish(tmp_path / "file", "wb") as file:
-        storage._write_all(file, memoryview(data))
-    assert (tmp_path / "file").read_bytes() == data
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def set_path(contents: dict[str, Any], path: str, value: object) -> None:
         ("model.num_layers", -1),
         ("model.head_dim", True),
         ("model.rope_theta", "10000"),
-        ("cache_dtype", "int8"),
+        ("cache_dtype", "int4"),
         ("fp32_tensors", "norm.weight"),
         ("graph.logits", "some"),
         ("graph.max_length", None),

@@ -1,3 +1,6 @@
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from support.small_bundle import bfloat16_to_float32
@@ -71,3 +74,59 @@ def test_truncate_shortens_only() -> None:
     cache.row(1).advance(5)
     cache.truncate(3)
     assert cache.lengths.tolist() == [2, 3]
+
+
+@dataclass(frozen=True)
+class Scales:
+    key: tuple[float, ...]
+    value: tuple[float, ...]
+
+
+SCALES = [Scales((0.5, 2.0), (0.25, 1.0)), Scales((1.0, 3.0), (4.0, 0.125))]
+
+
+def make_int8(scales: Sequence[Scales], dtype: str = "int8") -> KVCache:
+    return KVCache.allocate(
+        layers=2, batch=3, kv_heads=2, max_length=8, head_dim=4, dtype=dtype, scales=scales
+    )
+
+
+def test_int8_is_read_as_what_the_codes_stand_for() -> None:
+    cache = make_int8(SCALES)
+    random = np.random.default_rng(0)
+    for buffer in (*cache.key_buffers, *cache.value_buffers):
+        assert buffer.dtype == np.int8
+        buffer[...] = random.integers(-128, 128, buffer.shape, np.int8)
+    cache.advance(5)
+    for layer, scales in enumerate(SCALES):
+        keys, values = cache.keys(layer), cache.values(layer)
+        assert keys.dtype == values.dtype == np.float32
+        assert keys.shape == values.shape == (3, 2, 5, 4)
+        for head in range(2):
+            # Small integers times 3 or a power of two: exact.
+            codes = cache.key_buffers[layer][:, head, :5].astype(np.float64)
+            np.testing.assert_array_equal(keys[:, head], codes * scales.key[head])
+            codes = cache.value_buffers[layer][:, head, :5].astype(np.float64)
+            np.testing.assert_array_equal(values[:, head], codes * scales.value[head])
+
+
+def test_a_row_of_int8_has_the_same_scales() -> None:
+    cache = make_int8(SCALES)
+    row = cache.row(2)
+    row.value_buffers[1][...] = -3
+    row.advance(1)
+    np.testing.assert_array_equal(row.values(1)[0, :, 0, 0], [-12, -0.375])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scales"),
+    [
+        pytest.param("int8", [], id="none"),
+        pytest.param("int8", SCALES[:1], id="of one layer"),
+        pytest.param("int8", [SCALES[0], Scales((1.0, 1.0), (1.0,))], id="of one head"),
+        pytest.param("float32", SCALES, id="of a float cache"),
+    ],
+)
+def test_scales_that_do_not_fit(dtype: str, scales: list[Scales]) -> None:
+    with pytest.raises(ValueError, match=f"the scales do not fit 2 layers of 2 heads in {dtype}"):
+        make_int8(scales, dtype)

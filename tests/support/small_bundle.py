@@ -194,6 +194,8 @@ def manifest(shape: Shape) -> dict[str, Any]:
         "storage_dtype": "float32",
         "compute_dtype": "float32",
         "cache_dtype": shape.cache_dtype,
+        "cache_scales": [],
+        "quantization": None,
         "fp32_tensors": [],
         "graph": {
             "file": "model.onnx",

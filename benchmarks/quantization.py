@@ -1,0 +1,240 @@
+"""What int8 and int4 bundles cost: in fidelity on the shipped model, in memory, time and bytes at 2B.
+
+    python benchmarks/quantization.py                          the shipped model, every scheme
+    python benchmarks/quantization.py --outliers               the same with planted outlier channels
+    python benchmarks/quantization.py --size 2b                bytes, peak memory and time of a 2B build
+    python benchmarks/quantization.py --size 2b --calibration  and of a calibration on 128 × 512 tokens
+
+Fidelity is measured on text that the model wrote itself, on the project's passages and, with `--text FILE`,
+on a file; each scheme is built with calibration and without. A graph that computes in 16 bits is run with
+each value rounded as a device rounds it. At 2B the weights are random, so only the cost is measured; a
+calibration takes about an hour there on two cores.
+"""
+
+import argparse
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from checkpoints import write_checkpoint
+from comparison import (
+    HEADINGS,
+    PASSAGES,
+    Comparison,
+    cells,
+    file_text,
+    passages_text,
+    print_heading,
+    print_row,
+    written_text,
+)
+from outliers import plant_outliers
+
+from build import Run, measure
+from gemma_export.calibration.text import builtin_texts
+from gemma_export.errors import GemmaExportError
+from gemma_export.exporter.config import preset, tiny_folder
+from gemma_export.exporter.parity.twin import measurable_session
+from gemma_export.exporter.pipeline import build
+from gemma_export.exporter.request import SCHEMES, BuildRequest
+from gemma_export.exporter.source import open_source
+from gemma_export.runtime.parity import ParityFigures
+from gemma_export.runtime.session import load
+
+GEMMA_EXPORT = [sys.executable, "-m", "gemma_export"]
+CALIBRATION_SAMPLES, CALIBRATION_LENGTH = 128, 512
+LONGEST_PIECE = 16
+"""Bytes that the longest usual piece of a tokenizer stands for."""
+
+COSTS = {
+    "int8": ("--precision", "int8"),
+    "int4": ("--precision", "int4", "--block", "128"),
+}
+"""What is built at 2B."""
+BYTES_PER_PARAMETER = {"int8": 1.01, "int4": 0.66}
+"""The most that the whole bundle may have."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What an int8 scheme may cost on a text; where a bound is None, none is set."""
+
+    mean_kl: float
+    perplexity_change: float | None
+    top1_agreement: float
+
+    def hold(self, text: str, figures: ParityFigures) -> bool:
+        """Whether the figures on a text are within."""
+        change = None if text in UNPREDICTED else figures.perplexity_change
+        return (
+            figures.mean_kl <= self.mean_kl
+            and figures.top1_agreement >= self.top1_agreement
+            and (self.perplexity_change is None or change is None or abs(change) <= self.perplexity_change)
+        )
+
+
+INT8 = Bounds(5e-4, 1e-3, 0.985)
+INT8_OUTLIERS = Bounds(1e-3, None, 0.975)
+# The shipped model has not learned what most passages are about. The likelihood of a token that it takes for
+# impossible moves far at the smallest error, either way: their perplexity says nothing about rounding.
+UNPREDICTED = {PASSAGES}
+INT4_OF_NEAREST = 0.6
+"""The largest share of the KL of rounding to nearest, at the same block size, that int4 may keep."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A scheme and the block size that it is measured with; None is its default."""
+
+    target: str
+    precision: str
+    scheme: str
+    block: int | None
+
+    @property
+    def name(self) -> str:
+        """For a table."""
+        size = "" if self.block is None else f", blocks of {self.block}"
+        return f"{self.target} {self.precision} {self.scheme}{size}"
+
+
+def variants() -> Iterator[Variant]:
+    """Every scheme that quantizes: int8 with its default block size, int4 with each."""
+    for (target, precision), schemes in SCHEMES.items():
+        for scheme in schemes:
+            if scheme.products is not None:
+                blocks: list[int | None] = [None]
+                if precision == "int4":
+                    blocks = [*sorted(block for block in scheme.products.blocks if block is not None)]
+                yield from (Variant(target, precision, scheme.name, block) for block in blocks)
+
+
+def measure_fidelity(text: Path | None, only: str, *, outliers: bool) -> None:
+    """Builds every variant of the shipped model, without calibration and with it, and prints a table.
+
+    Args:
+        text: A file to measure on as well.
+        only: Part of the names of the variants that are wanted.
+        outliers: Whether the checkpoint gets outlier channels.
+    """
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        checkpoint = plant_outliers(tiny_folder(), folder / "checkpoint") if outliers else tiny_folder()
+        bounds = INT8_OUTLIERS if outliers else INT8
+        build(BuildRequest(output=folder / "fp32", checkpoint=checkpoint, logits="all", parity="none"))
+        session = load(folder / "fp32", threads=1)
+        texts = [written_text(session), passages_text(session.tokenizer, session.max_length)]
+        if text is not None:
+            texts.append(file_text(session.tokenizer, text, session.max_length))
+        comparison = Comparison(open_source(checkpoint), texts)
+        print_heading("bundle", "calibrated", "MB", *HEADINGS, "KL / not calibrated", "within bounds")
+        for variant in variants():
+            if only not in variant.name:
+                continue
+            nearest: dict[str, float] = {}
+            for calibrated in (False, True):
+                done = "yes" if calibrated else "no"
+                try:
+                    bundle = build(_request(variant, checkpoint, folder / "bundle", calibrated)).path
+                except GemmaExportError as error:
+                    print_row(variant.name, done, str(error))
+                    continue
+                size = sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+                for name, figures in comparison.figures(measurable_session(bundle)):
+                    share, within = "", ""
+                    if not calibrated:
+                        nearest[name] = figures.mean_kl
+                    else:
+                        ratio = figures.mean_kl / nearest.get(name, math.nan)
+                        holds = ratio <= INT4_OF_NEAREST
+                        if variant.precision == "int8":
+                            holds = bounds.hold(name, figures)
+                        share, within = f"{ratio:.2f}", "yes" if holds else "no"
+                    megabytes = f"{size / 1e6:.2f}"
+                    print_row(variant.name, done, megabytes, *cells(name, figures), share, within)
+
+
+def _request(variant: Variant, checkpoint: Path, output: Path, calibrated: bool) -> BuildRequest:
+    return BuildRequest(
+        output=output,
+        checkpoint=checkpoint,
+        target=variant.target,
+        precision=variant.precision,
+        scheme_name=variant.scheme,
+        block=variant.block,
+        no_calibration=not calibrated,
+        logits="all",
+        parity="none",
+        force=True,
+    )
+
+
+def measure_cost(size: str, folder: Path, *, calibration: bool) -> None:
+    """Builds from a checkpoint of random weights, each in a process of its own, and prints a table."""
+    config = preset(size)
+    parameters = config.embedding_parameters + config.other_parameters
+    checkpoint, bundle = folder / "checkpoint", folder / "bundle"
+    write_checkpoint(config, checkpoint)
+    print_heading("command", "bytes / parameter", "at most", "time", "peak RSS")
+    for precision, options in COSTS.items():
+        command = [*GEMMA_EXPORT, "build", "--quiet", "--force", "--parity", "none", "--no-calibration"]
+        run = measure([*command, "--checkpoint", str(checkpoint), *options, "-o", str(bundle)])
+        written = sum(file.stat().st_size for file in bundle.iterdir()) / parameters
+        wanted = f"{BYTES_PER_PARAMETER[precision]}"
+        print_row(f"build {' '.join(options)}", f"{written:.4f}", wanted, *_cost(run))
+    if calibration:
+        text = folder / "text.txt"
+        _write_text(text)
+        options = (
+            "--calibration-samples",
+            f"{CALIBRATION_SAMPLES}",
+            "--calibration-length",
+            f"{CALIBRATION_LENGTH}",
+        )
+        command = [*GEMMA_EXPORT, "calibrate", "--quiet", "--precision", "int8", *options]
+        command += ["--calibration-data", str(text), "--checkpoint", str(checkpoint)]
+        run = measure([*command, "-o", str(folder / "scales.json")])
+        print_row(f"calibrate --precision int8 {' '.join(options)}", "", "", *_cost(run))
+
+
+def _cost(run: Run) -> tuple[str, str]:
+    return f"{run.seconds:.0f} s", f"{run.peak / 2**30:.2f} GiB"
+
+
+def _write_text(path: Path) -> None:
+    """Enough text for a calibration, of the project's own passages: each paragraph is a whole sample."""
+    passages = [" ".join(passage.text.split()) for passage in builtin_texts()]
+    paragraphs = []
+    for i in range(CALIBRATION_SAMPLES):
+        turned = " ".join(passages[i % len(passages) :] + passages[: i % len(passages)])
+        repeats = -(-CALIBRATION_LENGTH * LONGEST_PIECE // len(turned))
+        paragraphs.append(" ".join([turned] * repeats))
+    path.write_text("\n\n".join(paragraphs), encoding="utf-8")
+
+
+def main() -> None:
+    """Measures what the arguments name."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=["tiny", "2b", "7b"], default="tiny")
+    parser.add_argument("--outliers", action="store_true", help="tiny: with planted outlier channels")
+    parser.add_argument("--text", type=Path, help="tiny: a text file to measure on as well")
+    parser.add_argument("--only", default="", help="tiny: bundles whose name has this in it")
+    parser.add_argument("--calibration", action="store_true", help="2b, 7b: measure a calibration too")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="2b, 7b: where to build; by default a temporary folder"
+    )
+    arguments = parser.parse_args()
+    if arguments.size == "tiny":
+        measure_fidelity(arguments.text, arguments.only, outliers=arguments.outliers)
+    else:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
+            measure_cost(arguments.size, Path(folder), calibration=arguments.calibration)
+
+
+if __name__ == "__main__":
+    main()

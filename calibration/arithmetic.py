@@ -1,0 +1,79 @@
+"""How a product x · Wᵀ rounds what goes into it, and how far that takes the result from the exact one.
+
+Symbols in shape comments: n tokens, N rows of a weight (or some of them), K columns.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gemma_export.graphs.formats import Form, Rounding, WeightFormat
+from gemma_export.graphs.quantization import round_per_tensor, round_per_token, round_trip
+
+InputRounding = Literal["none", "token", "block", "tensor"]
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How one product is computed.
+
+    Attributes:
+        form: Its form.
+        weights: The format of W.
+        input_rounding: How x is rounded to 8 bits on the way in: not at all, with a scale per token, with a
+            scale per token and block of W's columns (MatMulNBits at accuracy level 4), or with one scale.
+        input_scale: That scale.
+    """
+
+    form: Form
+    weights: WeightFormat
+    input_rounding: InputRounding = "none"
+    input_scale: float | None = None
+
+    def with_input_scale(self, scale: float) -> "Arithmetic":
+        """The same with a scale for x."""
+        return replace(self, input_scale=scale)
+
+    def round_input(self, x: Tensor) -> Tensor:
+        """What the product computes with instead of x [n, K]."""
+        match self.input_rounding:
+            case "none":
+                return x
+            case "token":
+                return round_per_token(x)
+            case "block":
+                return round_per_token(x, self.weights.block)
+            case "tensor":
+                assert self.input_scale is not None
+                return round_per_tensor(x, self.input_scale)
+
+    def round_weight(self, rows: Tensor, rounding: Rounding = "nearest") -> Tensor:
+        """What the product computes with instead of rows [N, K] of W."""
+        return round_trip(rows, self.weights, rounding)
+
+
+class Target:
+    """The exact outputs that others are held against.
+
+    An error counts in relation to the output of its own token: what follows is a norm or a sum with the
+    residual stream, for which a token with large outputs matters no more than another.
+
+    Args:
+        x: Inputs [n, K].
+        rows: Rows of W [N, K].
+    """
+
+    # A token whose outputs are this small beside the others' adds next to nothing to the residual stream.
+    _SMALLEST_OUTPUT = 1e-3
+
+    def __init__(self, x: Tensor, rows: Tensor) -> None:
+        self._outputs = x @ rows.T
+        size = self._outputs.square().sum(1)
+        self._size = size.clamp_min(self._SMALLEST_OUTPUT * float(size.median())).clamp_min(1e-30)
+
+    def error(self, x: Tensor, rows: Tensor) -> float:
+        """Squared error / squared output of a product of other inputs and rows, the mean over tokens."""
+        difference = torch.addmm(self._outputs, x, rows.T, beta=-1)
+        return float((difference.square().sum(1) / self._size).mean())

@@ -1,0 +1,48 @@
+"""Options of the command line that several commands have, with their help: `size: options.Size = None`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from gemma_export.exporter.request import CacheKind
+from gemma_export.exporter.request import Observer as ObserverName
+
+Size = Annotated[str | None, typer.Option(help="tiny, 2b or 7b; by default the checkpoint's.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="Folder or file: safetensors (Hugging Face) or .ckpt (Google).")
+]
+RandomWeights = Annotated[bool, typer.Option("--random-weights", help="Try a size without its weights.")]
+WeightsSeed = Annotated[int | None, typer.Option(help="Of the random weights.")]
+Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.model from elsewhere.")]
+Precision = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")]
+Quantized = Annotated[str, typer.Option("--precision", help="int8 or int4.")]
+Target = Annotated[str, typer.Option(help="cpu (onnxruntime) or onnx (standard operators).")]
+Scheme = Annotated[
+    str | None, typer.Option(help="How int8 and int4 compute: w8a8-dynamic, w8a8, w8a16, w4a16.")
+]
+Block = Annotated[int | None, typer.Option(help="Columns of a weight that share a scale.")]
+CalibrationData = Annotated[
+    Path | None,
+    typer.Option(help="Text or JSON lines to calibrate on; by default what the model writes itself."),
+]
+CalibrationSamples = Annotated[int | None, typer.Option(help="How many pieces of it.")]
+CalibrationLength = Annotated[int | None, typer.Option(help="Tokens of each.")]
+CalibrationSeed = Annotated[int | None, typer.Option(help="Of what is chosen, or written.")]
+Observer = Annotated[ObserverName, typer.Option(help="What sets the scale that activations share.")]
+Scales = Annotated[Path | None, typer.Option(help="A file that `calibrate` wrote.")]
+NoCalibration = Annotated[
+    bool, typer.Option("--no-calibration", help="Round every weight to nearest; read no text.")
+]
+Cache = Annotated[CacheKind, typer.Option(help="As the precision has it, or 8 bits.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing; with --json, the result.")]
+Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that `build` wrote.")]
+Json = Annotated[bool, typer.Option("--json", help="Write JSON for programs.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 from all.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up P.")]
+Penalty = Annotated[float, typer.Option(help="Above 1, tokens that were used become less likely.")]
+Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="A text to stop at; may be repeated.")]
+Threads = Annotated[int | None, typer.Option(help="Threads; by default one per core.")]

@@ -1,0 +1,57 @@
+"""The formats that weights and products can have, by name; without torch, so that a request is read quickly."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Form = Literal["float", "w8a8-token", "w8a8-tensor", "w8", "w4"]
+"""How a product x · Wᵀ is computed.
+
+| form | W | x |
+|---|---|---|
+| `float` | 16-bit numbers | as it is |
+| `w8a8-token` | 8 bits, a scale per row | rounded to 8 bits at run time, a scale per token |
+| `w8a8-tensor` | 8 bits, a scale per row | rounded to 8 bits with one scale, known from calibration |
+| `w8` | 8 bits, a scale per row or per block | as it is |
+| `w4` | 4 bits, a scale per block | as it is |
+"""
+
+Rounding = Literal["nearest", "mse"]
+"""How a group's scale is chosen: so that nothing is clipped, or by the least squared error."""
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """A format of weights.
+
+    Attributes:
+        bits: 4 or 8.
+        block: Columns that share a scale; None for one scale per row.
+        negative_scales: Whether a scale may be negative, which puts the end of the range that has one code
+            more (-8, -128) on the side of the largest weight. TensorRT takes positive scales only.
+    """
+
+    bits: Literal[4, 8]
+    block: int | None = None
+    negative_scales: bool = False
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code."""
+        return -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The highest code."""
+        return (1 << (self.bits - 1)) - 1
+
+    def groups(self, columns: int) -> int:
+        """Scales of a row of `columns`.
+
+        Raises:
+            ValueError: The blocks do not divide the row.
+        """
+        if self.block is None:
+            return 1
+        if columns % self.block:
+            raise ValueError(f"blocks of {self.block} do not divide rows of {columns}")
+        return columns // self.block
