@@ -14,7 +14,8 @@ Symbols in shape comments: R rows of a weight, K columns, k columns of one block
 one scale, G groups in all.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from torch import Tensor
 from gemma_export.calibration.statistics import column_blocks
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import scales_for
+from gemma_export.graphs.quantized import WORKERS, in_slices
 
 DAMPING = 0.1
 """What is added to every diagonal element of H, as a part of it: the text shows only some of what x can be.
@@ -100,17 +102,31 @@ def gptq(rows: Tensor, feedback: Sequence[Tensor], form: WeightFormat) -> tuple[
     columns = rows.shape[1]
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(len(rows), form.groups(columns))
-    for start in range(0, len(rows), ROWS):
-        chunk = slice(start, start + ROWS)
-        part = rows[chunk].float()
+
+    @torch.inference_mode()  # A thread of its own does not inherit it.
+    def work(start: int, stop: int) -> None:
+        part = rows[start:stop].float()
         if form.block is None:
-            scales[chunk] = scales_for(part, form, "mse")
+            scales[start:stop] = scales_for(part, form, "mse")
         for block, matrix in zip(column_blocks(columns), feedback, strict=True):
             groups = slice(block.start // form.block, block.stop // form.block) if form.block else slice(0, 1)
-            codes[chunk, block] = _columns(
-                part[:, block].T.contiguous(), matrix, form, scales[chunk, groups]
-            ).T
+            columnwise = part[:, block].T.contiguous()
+            codes[start:stop, block] = _columns(columnwise, matrix, form, scales[start:stop, groups]).T
+
+    with _one_thread_each():
+        in_slices(work, 0, len(rows), min(ROWS, -(-len(rows) // WORKERS)))
     return codes, scales
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Of torch, for the threads that begin within: the columns are too short to be shared out."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _columns(weight: Tensor, feedback: Tensor, form: WeightFormat, scales: Tensor) -> Tensor:

@@ -10,7 +10,8 @@ from gemma_export.calibration.observers import ChannelAbsmax
 from gemma_export.errors import CalibrationError
 
 SAMPLE_TOKENS = 512
-"""The most tokens whose values are kept: of 24,576 channels they are 50 MB."""
+SAMPLE_VALUES = 2**22
+"""Of an input, what is kept: so many tokens, or fewer where they have many channels (17 MB)."""
 HESSIAN_COLUMNS = 4096
 """The most channels whose products with each other are summed: 67 MB for each block of so many."""
 # The fractional parts of its multiples are spread more evenly than those of any other number, whatever
@@ -44,7 +45,8 @@ class InputStatistics:
     def __init__(self, channels: int, tokens: int, *, hessian: bool = False) -> None:
         self.channels = channels
         self.seen = 0
-        self._share = min(1.0, SAMPLE_TOKENS / max(1, tokens))
+        self._most = max(1, min(SAMPLE_TOKENS, SAMPLE_VALUES // channels))
+        self._share = min(1.0, self._most / max(1, tokens))
         self._largest = ChannelAbsmax(channels)
         self._sum = torch.zeros(channels, dtype=torch.float64)
         self._kept: list[Tensor] = []
@@ -83,12 +85,12 @@ class InputStatistics:
 
     @property
     def sample(self) -> Tensor:
-        """The tokens that were kept: fp32 [n, K], n at most `SAMPLE_TOKENS`.
+        """The tokens that were kept: fp32 [n, K], at most `SAMPLE_TOKENS` of them.
 
         Raises:
             CalibrationError: There were no tokens.
         """
-        rows = torch.cat(self._kept)[:SAMPLE_TOKENS] if self._kept else torch.empty(0, self.channels)
+        rows = torch.cat(self._kept)[: self._most] if self._kept else torch.empty(0, self.channels)
         if not len(rows):
             raise CalibrationError(
                 "There was no text to calibrate on.", "Give a text of at least a few sentences."

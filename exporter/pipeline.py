@@ -53,6 +53,7 @@ from gemma_export.runtime.bundle import (
     TensorSpec,
     TokenIds,
 )
+from gemma_export.runtime.parity import BUDGETS, Budget
 from gemma_export.version import __version__
 
 NOT_RUN = ParitySummary("not run", "none", False, {})
@@ -110,7 +111,7 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         with events.stage(listener, "tokenizer") as facts:
             tokens = _write_configurations(source, slots, folder)
             facts |= {"pieces": tokens.pieces, "stop": list(tokens.stop_ids)}
-        # Codes that calibration chose are read back while the weights are written; they are no part of the bundle.
+        # Codes that calibration chose are read back while the weights are written, and are not kept.
         with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.codes.") as codes:
             plan = plan_quantization(request, source, Path(codes), listener)
             graph, files = _write_graph(request, source, slots, plan, folder, listener)
@@ -243,7 +244,8 @@ def _check_parity(
     """
     if request.parity == "none":
         return None
-    report = measure_parity(folder, source, level=request.parity, listener=listener)
+    budget = _budget(request)
+    report = measure_parity(folder, source, level=request.parity, budget=budget, listener=listener)
     if report.verdict == "fail" and not request.allow_parity_failure:
         raise ParityError(
             f"The bundle does not say what its reference says: {'; '.join(report.reasons)}.",
@@ -251,6 +253,16 @@ def _check_parity(
             "look at its parity.html.",
         )
     return report
+
+
+def _budget(request: BuildRequest) -> Budget:
+    """The precision's, with the bounds that were asked for in place of its own."""
+    budget = BUDGETS[request.precision]
+    if request.max_kl is not None:
+        budget = replace(budget, mean_kl=request.max_kl)
+    if request.max_perplexity_increase is not None:
+        budget = replace(budget, perplexity_change=request.max_perplexity_increase / 100)
+    return budget
 
 
 def _summary(report: ParityReport, request: BuildRequest) -> ParitySummary:

@@ -331,8 +331,8 @@ class BuildRequest:
 
     @property
     def calibrated(self) -> bool:
-        """Whether anything of the bundle has scales: its products, or its cache."""
-        return self.scheme.products is not None or self.kv_cache == "int8"
+        """Whether anything of the bundle has scales."""
+        return self.scheme.products is not None
 
     def cache_slots(self, config: GemmaConfig) -> int:
         """Slots of the cache.
@@ -379,6 +379,11 @@ def _check_cache(request: BuildRequest) -> None:
         raise UsageError(
             f"A cache of 8 bits cannot be built for the target {request.target}.",
             "Leave --kv-cache out, or take --target cpu.",
+        )
+    if request.kv_cache == "int8" and request.scheme.products is None:
+        raise UsageError(
+            f"A cache of 8 bits goes with quantized weights, and {request.precision} has none.",
+            "Add --precision int8 or int4, or leave --kv-cache out.",
         )
 
 

@@ -5,6 +5,7 @@ per line) and, with `events.ignore`, one for silence.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import timedelta
@@ -118,6 +119,7 @@ def bundle_table(manifest: Manifest) -> Table:
         f"vocabulary {model.vocab_size:,}",
         "precision": f"{manifest.precision} for {manifest.target}: stored {manifest.storage_dtype}, computed "
         f"{manifest.compute_dtype}, cache {manifest.cache_dtype}",
+        "quantized": _quantized(manifest),
         "graph": f"opset {graph.opset}, cache of {graph.max_length:,} tokens, "
         f"logits of the {_logits(graph.logits)}",
         "on disk": _bytes(sum(file.size for file in manifest.files.values())),
@@ -130,7 +132,21 @@ def bundle_table(manifest: Manifest) -> Table:
     }
     if manifest.precision == "fp32":
         del rows["kept in fp32"]
+    if manifest.quantization is None:
+        del rows["quantized"]
     return _two_columns({name: text if name == "parity" else escape(text) for name, text in rows.items()})
+
+
+def _quantized(manifest: Manifest) -> str:
+    """How many tensors take which form, which keep 16 bits, and what they were calibrated on."""
+    found = manifest.quantization
+    if found is None:
+        return ""
+    ways = Counter(f"{tensor.form} by {tensor.operator}" for tensor in found.tensors.values())
+    forms = ", ".join(f"{count} {way}" for way, count in ways.items())
+    kept = f"; 16 bits for {', '.join(found.kept)}" if found.kept else ""
+    text = "no text" if found.calibration is None else f"{found.tokens:,} tokens, {found.calibration}"
+    return f"{manifest.scheme}: {forms}{kept}; calibrated on {text}"
 
 
 def parity_table(report: ParityReport) -> Table:

@@ -1,4 +1,4 @@
-"""The formats that weights and products can have, by name; without torch, so that a request is read quickly."""
+"""The formats of weights and products, by name; without torch, so that a request is read quickly."""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -141,6 +141,7 @@ def lower(
     """
     report: PassReport = {}
     rules = spec.CPU
+    forms = {} if quantization is None else {name: how.form for name, how in quantization.linears.items()}
     if quantization is not None:
         report["fold_channel_scales"] = fold_channel_scales(model, quantization.smoothing)
     if target == "cpu":
@@ -148,7 +149,7 @@ def lower(
             report |= run(model, CPU)
         else:
             report |= run(model, cpu_quantized(quantization))
-            rules = spec.cpu_quantized({name: how.form for name, how in quantization.linears.items()})
+            rules = spec.cpu_quantized(forms)
         if storage != torch.float32:
             report["store_half"] = store_half(model, storage, keep)
         rules.check(model)
@@ -162,6 +163,9 @@ def lower(
     if compute != torch.float32:
         report["half_precision"] = half_precision(model, compute, keep)
         remove_dead_code(model)
+    if quantization is not None:
+        spec.onnx_quantized(forms).check(model)
+    elif compute != torch.float32:
         spec.HALF.check(model)
     return report
 

@@ -17,8 +17,8 @@ from gemma_export.graphs.tensors import streamed
 MICROSOFT = "com.microsoft"
 """Domain of onnxruntime's own operators."""
 
-PRODUCTS = ("MatMulInteger", "MatMulNBits", "FusedMatMul")
-"""Operators of the target cpu that multiply with a weight."""
+PRODUCTS = ("MatMulInteger", "MatMulNBits", "FusedMatMul", "MatMul")
+"""Operators that multiply with a weight: those of the target cpu, and the standard one."""
 
 Rule = Callable[[ir.Model], str | None]
 
@@ -204,6 +204,30 @@ def quantized_table_is_stored_once(model: ir.Model) -> str | None:
     return None if len(lookups) == 2 else f"{len(lookups)} lookups read stored tables beside {codes.name}"
 
 
+def dequantized_table_is_stored_once(model: ir.Model) -> str | None:
+    """One table, of numbers or of codes; what the codes stand for is read by the lookup and by the head."""
+    rows = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
+    numbers = [
+        producer for value in rows if value is not None and (producer := _dequantize(value)) is not None
+    ]
+    if not numbers:
+        return embedding_is_stored_once(model)
+    codes = numbers[0].inputs[0]
+    assert codes is not None
+    if len(numbers) != 1 or len(codes.uses()) != 1:
+        return f"{codes.name} is read {len(codes.uses())} times, and {len(numbers)} lookups read codes"
+    readers = Counter(_reader(use.node) for use in numbers[0].outputs[0].uses())
+    return None if readers == {"Gather": 1, "MatMul": 1} else f"{codes.name} is read by {dict(readers)}"
+
+
+def _dequantize(value: ir.Value) -> ir.Node | None:
+    """The node that makes a value of stored codes, or None."""
+    producer = value.producer()
+    if producer is None or producer.op_type != "DequantizeLinear" or streamed(producer.inputs[0]) is None:
+        return None
+    return producer
+
+
 def no_weight_is_stored_twice(model: ir.Model) -> str | None:
     """What is stored as codes is not stored as numbers too, nor as other codes."""
     matrices = [
@@ -244,12 +268,8 @@ def forms_are_those_chosen(forms: Mapping[str, Form]) -> Rule:
     def every_product_has_its_form(model: ir.Model) -> str | None:
         found = dict.fromkeys(forms, "missing")
         for node in model.graph:
-            weight = node.inputs[1] if len(node.inputs) > 1 else None
-            if node.op_type not in PRODUCTS or weight is None:
-                continue
-            producer = weight.producer()
-            stored = weight if producer is None else producer.inputs[0]
-            found["" if stored is None else str(stored.name).rsplit(".", 1)[0]] = _form(node)
+            if node.op_type in PRODUCTS:
+                found[str(_stored(node.inputs[1]).name).rsplit(".", 1)[0]] = _form(node)
         wrong = [
             f"{name} is {form}, not {forms.get(name)}"
             for name, form in found.items()
@@ -260,13 +280,27 @@ def forms_are_those_chosen(forms: Mapping[str, Form]) -> Rule:
     return every_product_has_its_form
 
 
+def _stored(value: ir.Value | None) -> ir.Value:
+    """The initializer behind what casts it, transposes it or says what its codes stand for."""
+    assert value is not None
+    producer = value.producer()
+    return value if producer is None else _stored(producer.inputs[0])
+
+
 def _form(product: ir.Node) -> str:
-    """The form of a product, by its operator."""
+    """The form of a product, by its operator or by the format of what is stored."""
     match product.op_type:
         case "MatMulInteger":
             return "w8a8-token"
         case "MatMulNBits":
             return f"w{product.attributes['bits'].as_int()}"
+        case "MatMul" if _stored(product.inputs[1]).dtype == ir.DataType.INT4:
+            return "w4"
+        case "MatMul" if _stored(product.inputs[1]).dtype == ir.DataType.INT8:
+            x = product.inputs[0]
+            producer = None if x is None else x.producer()
+            rounded = producer is not None and producer.op_type == "DequantizeLinear"
+            return "w8a8-tensor" if rounded else "w8"
         case _:
             return "float"
 
@@ -333,3 +367,24 @@ CPU_QUANTIZED = Spec(
 def cpu_quantized(forms: Mapping[str, Form]) -> Spec:
     """The rules of a quantized CPU graph, and that its products have the forms chosen for them, by name."""
     return Spec(CPU_QUANTIZED.stage, (*CPU_QUANTIZED.rules, forms_are_those_chosen(forms)))
+
+
+ONNX_QUANTIZED = Spec(
+    "quantized ONNX",
+    (
+        inputs_and_outputs_follow_the_contract,
+        only_standard_operators,
+        every_value_has_a_type,
+        every_initializer_has_a_value,
+        no_initializer_is_unused,
+        caches_are_written_straight,
+        dequantized_table_is_stored_once,
+        no_weight_is_stored_twice,
+        attention_masks_are_explicit,
+    ),
+)
+
+
+def onnx_quantized(forms: Mapping[str, Form]) -> Spec:
+    """The rules of a quantized graph in standard operators, and that its products have the forms chosen."""
+    return Spec(ONNX_QUANTIZED.stage, (*ONNX_QUANTIZED.rules, forms_are_those_chosen(forms)))

@@ -125,9 +125,9 @@ BUDGETS: Mapping[str, Budget] = {
         max_kl=1.0,
         top1_agreement=0.96,
         perplexity_change=1e-2,
-        reason="8-bit weights and, where products are integer, 8-bit activations: 2^-8 of a group's largest "
-        "number per rounding, and that number is several times a typical one. Like bfloat16 in the mean, with "
-        "a longer tail: one rounded outlier moves a whole token.",
+        reason="8-bit weights and, where products are integer, 8-bit activations: 2^-8 of a group's "
+        "largest number per rounding, and that is several times a typical one. Like bfloat16 in the mean, "
+        "with a longer tail: one rounded outlier moves a whole token.",
     ),
     "int4": Budget(
         max_relative_error=3e-1,
@@ -135,9 +135,9 @@ BUDGETS: Mapping[str, Budget] = {
         max_kl=3.0,
         top1_agreement=0.85,
         perplexity_change=1e-1,
-        reason="16 levels per weight: 2^-4 of a group's largest, sixteen times the rounding of int8 on half of "
-        "the error's sources. The bounds separate a quantized model from a broken one; what a checkpoint "
-        "really pays is in the report, and --max-kl asks for less.",
+        reason="16 levels per weight: 2^-4 of a group's largest, sixteen times int8's rounding. The bounds "
+        "separate a quantized model from a broken one; what a checkpoint really pays is in the report, and "
+        "--max-kl asks for less.",
     ),
 }
 """The budget of each precision."""

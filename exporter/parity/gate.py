@@ -60,6 +60,7 @@ def check_parity(
     names: Sequence[str] | None = None,
     decode: Decode | None = None,
     subject: str = "the bundle",
+    budget: Budget | None = None,
     on_event: events.Listener = events.ignore,
 ) -> ParityReport:
     """Measures a bundle against its reference and judges it by its precision's budget.
@@ -75,6 +76,7 @@ def check_parity(
         names: What to call each text in the report.
         decode: Makes text of tokens, so that the report can show it.
         subject: What is measured, for people.
+        budget: What to judge by; None takes the precision's.
         on_event: Told how many tokens of all have been run, both sides counted.
 
     Returns:
@@ -111,7 +113,7 @@ def check_parity(
     logits.flush()
 
     figures, layers = logits.figures(), cache.layers()
-    budget = BUDGETS[precision]
+    budget = BUDGETS[precision] if budget is None else budget
     applied = sample_budget(budget, figures.tokens)
     # A cache is rounded to the bundle's precision once more, on top of what its input carries.
     cache_bound = 2 * budget.max_relative_error

@@ -20,6 +20,7 @@ from gemma_export.exporter.parity.twin import measurable_session
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, open_source, random_source
 from gemma_export.runtime.bundle import Manifest, open_bundle
+from gemma_export.runtime.parity import BUDGETS, Budget
 from gemma_export.runtime.session import Session
 from gemma_export.runtime.tokenizer import Tokenizer
 
@@ -75,11 +76,13 @@ def graph_name(observed: str) -> str:
     return f"{head}.{name}" if head else name
 
 
-def measure_parity(folder: Path, source: Source, *, level: Level, listener: events.Listener) -> ParityReport:
+def measure_parity(
+    folder: Path, source: Source, *, level: Level, budget: Budget, listener: events.Listener
+) -> ParityReport:
     """Holds a bundle against the source it was built from, on the project's own texts."""
     reference = Reference(source.config, source.weights)
     session = measurable_session(folder)
-    return _measure(session, reference, builtin_texts(), level, source.config.name, listener)
+    return _measure(session, reference, builtin_texts(), level, source.config.name, budget, listener)
 
 
 def measure_bundle(
@@ -114,7 +117,8 @@ def measure_bundle(
             listener(events.Note("This is not the checkpoint that the bundle was built from."))
     against = _reference(reference, source)
     session = measurable_session(opened.path)
-    return _measure(session, against, passages, level, str(bundle), listener)
+    budget = BUDGETS[opened.manifest.precision]
+    return _measure(session, against, passages, level, str(bundle), budget, listener)
 
 
 def _measure(
@@ -123,6 +127,7 @@ def _measure(
     passages: Sequence[Passage],
     level: Level,
     subject: str,
+    budget: Budget,
     listener: events.Listener,
 ) -> ParityReport:
     manifest = session.manifest
@@ -138,6 +143,7 @@ def _measure(
             names=[passage.name for passage in passages],
             decode=session.tokenizer.decode,
             subject=f"{subject}, {manifest.precision} for {manifest.target}{_how(manifest)}",
+            budget=budget,
             on_event=listener,
         )
         facts |= {

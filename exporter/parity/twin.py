@@ -18,7 +18,8 @@ def measurable_session(folder: Path) -> Session:
     """A session that shows what a bundle says on the device it was built for.
 
     A graph that computes in fp32 is run as it is; one that computes in 16 bits is run through a twin that
-    rounds where the graph would (`graphs.passes.emulate_half`).
+    rounds where the graph would (`graphs.passes.emulate_half`). Weights that are stored as codes stay codes
+    in memory, and are made numbers again in each step.
 
     Raises:
         BundleError: It is damaged or cannot be loaded.

@@ -2,7 +2,7 @@
 
     text → ScaleTable → Quantization → (a budget) → the layers that keep 16 bits
 
-The table is made on text, read from a file (`--scales`), or, with `--no-calibration`, follows from the weights.
+The table is made on text, read from a file (`--scales`), or follows from the weights (`--no-calibration`).
 """
 
 from collections.abc import Mapping
@@ -20,14 +20,15 @@ from gemma_export.calibration.scales import (
 from gemma_export.calibration.sensitivity import choose
 from gemma_export.exporter import events
 from gemma_export.exporter.quantize.calibration_text import calibration_sequences
-from gemma_export.exporter.quantize.collect import calibrate, quantization_of, uncalibrated
+from gemma_export.exporter.quantize.collect import CODES_FILE, calibrate, quantization_of, uncalibrated
 from gemma_export.exporter.quantize.sensitivity import apply_choice, measure_source
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, requested_source
 from gemma_export.graphs.quantization import Quantization
 from gemma_export.graphs.storage import disk_errors
 
-CODES_FILE = "scales.safetensors"
+SHARE = 0.85
+"""Of a budget, that the choice may use up: what some texts cost is 15 % off what others do."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,9 @@ def plan_quantization(
     if request.max_kl is None and request.max_perplexity_increase is None:
         return QuantizationPlan(table, quantization, {})
     report = measure_source(source, request, quantization, None, listener)
-    choice = choose(report.units, request.max_kl, request.max_perplexity_increase, report.everything)
+    budgets = (request.max_kl, request.max_perplexity_increase)
+    kl, perplexity = (None if budget is None else budget * SHARE for budget in budgets)
+    choice = choose(report.units, kl, perplexity, report.everything)
     listener(events.Note(choice.reason))
     kept = {unit.name: unit.reason for unit in choice.kept}
     return QuantizationPlan(table, apply_choice(quantization, choice), kept)

@@ -41,14 +41,18 @@ def emulate_half(model: ir.Model) -> int:
         half = [(output, output.dtype) for output in node.outputs if output.dtype in HALVES]
         for output, dtype in half:
             output.dtype = ir.DataType.FLOAT
-            if node.op_type not in EXACT and not _is_rounded(node) and not output.is_graph_output():
+            if (
+                node.op_type not in EXACT
+                and not _dequantizes_activation(node)
+                and not output.is_graph_output()
+            ):
                 _round(graph, output, dtype, node)
                 count += 1
     return count
 
 
-def _is_rounded(node: ir.Node) -> bool:
-    """Whether a node only says what codes stand for that another has made, and not weights."""
+def _dequantizes_activation(node: ir.Node) -> bool:
+    """Whether a node says what codes of an activation, and not of a weight, stand for."""
     codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
     producer = None if codes is None else codes.producer()
     return producer is not None and producer.op_type == "QuantizeLinear"

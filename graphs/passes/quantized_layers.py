@@ -105,7 +105,9 @@ def add_constant(
     if name not in graph.initializers:
         tensor = ir.tensor(numbers, dtype=dtype, name=name)
         graph.register_initializer(
-            ir.Value(name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(dtype), const_value=tensor)
+            ir.Value(
+                name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(dtype), const_value=tensor
+            )
         )
     return graph.initializers[name]
 

@@ -127,7 +127,8 @@ def test_request_is_frozen() -> None:
             "with bf16",
             "--precision int8",
         ),
-        ({"size": "tiny", "kv_cache": "int8", "max_kl": 0.1}, "with fp32 none", "Leave --max-kl out"),
+        ({"size": "tiny", "max_kl": 0.1}, "with fp32 none", "Leave --max-kl out"),
+        ({"size": "tiny", "kv_cache": "int8"}, "goes with quantized weights", "--precision int8"),
         (INT8 | {"max_kl": -0.1}, "--max-kl -0.1", "at least 0"),
         (INT8 | {"max_kl": math.nan}, "--max-kl nan", "at least 0"),
         (INT8 | {"max_perplexity_increase": math.inf}, "--max-perplexity-increase inf", "at least 0"),
@@ -171,7 +172,7 @@ def test_impossible_calibrations(options: dict[str, Any], message: str, hint: st
         INT8 | {"no_calibration": True, "max_perplexity_increase": 2.5},
         INT8 | {"target": "onnx", "no_calibration": True},
         INT8 | {"kv_cache": "int8", "calibration": on(observer="entropy")},
-        {"size": "tiny", "precision": "fp16", "kv_cache": "int8", "calibration": on(data=FILE)},
+        {"size": "tiny", "precision": "int4", "kv_cache": "int8", "calibration": on(data=FILE)},
         *(W8A8 | {"calibration": on(observer=observer)} for observer in OBSERVERS),
     ],
     ids=lambda values: " ".join(map(str, values)),
@@ -183,8 +184,7 @@ def test_possible_requests(values: dict[str, Any]) -> None:
 def test_what_is_calibrated() -> None:
     assert not BuildRequest(size="tiny").calibrated
     assert BuildRequest(**INT8).calibrated
-    cache = BuildRequest(size="tiny", kv_cache="int8")
-    assert (cache.calibrated, cache.cache_dtype) == (True, "int8")
+    assert BuildRequest(**INT8, kv_cache="int8").cache_dtype == "int8"
     assert BuildRequest(**INT8).cache_dtype == "float32"
     assert BuildRequest(**W8A8).cache_dtype == "float16"
 

@@ -10,6 +10,7 @@ import pytest
 from support.small_bundle import Shape, contract, manifest, write_bundle, write_manifest
 
 from gemma_export.errors import BundleError, ContextFullError, GemmaExportError, PromptError, UsageError
+from gemma_export.runtime import onnxruntime
 from gemma_export.runtime.session import Session, load
 
 TOKENS = [2, 651, 9, 300, 1200, 77, 1999, 5, 41, 41, 8]
@@ -282,3 +283,18 @@ def test_the_support_code_lists_what_the_graph_has() -> None:
 
 def test_repr_names_the_model(session: Session) -> None:
     assert repr(session).startswith("<Session of small, fp32")
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "exact"),
+    [
+        ("processor : 0\nflags : fpu sse avx2\n", False),
+        ("processor : 0\nflags : fpu avx2 avx512_vnni\n", True),
+        ("processor : 0\nflags : fpu avx2 avx_vnni\n", True),
+        ("processor : 0\nFeatures : fp asimd asimddp\n", True),
+    ],
+    ids=["AVX2 alone", "AVX-512 VNNI", "AVX VNNI", "ARM"],
+)
+def test_processors_whose_integer_products_saturate(cpuinfo: str, exact: bool, tmp_path: Path) -> None:
+    (tmp_path / "cpuinfo").write_text(cpuinfo)
+    assert onnxruntime.has_integer_dot_product(tmp_path / "cpuinfo") == exact
