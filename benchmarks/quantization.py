@@ -152,7 +152,7 @@ def measure_fidelity(text: Path | None, only: str, *, outliers: bool) -> None:
                         holds = ratio <= INT4_OF_NEAREST
                         if variant.precision == "int8":
                             holds = bounds.hold(name, figures)
-                        share, within = f"{ratio:.2f}", "yes" if holds else "no"
+                        share, within = f"{ratio:.2f}" if nearest else "", "yes" if holds else "no"
                     megabytes = f"{size / 1e6:.2f}"
                     print_row(variant.name, done, megabytes, *cells(name, figures), share, within)
 

@@ -30,15 +30,19 @@ class RMSNorm(nn.Module):
         return x * torch.rsqrt(mean_square + self.epsilon) * (1.0 + self.weight)
 
 
-def rotary_tables(config: GemmaConfig, max_length: int) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every position's angles, fp32 [max_length, h / 2] each.
+def rotary_frequencies(config: GemmaConfig) -> Tensor:
+    """The frequency of every pair of channels, fp32 [h / 2].
 
     Frequencies and angles are rounded to fp32 as the reference implementations round them: at position 8191
     an angle held in more digits would differ from theirs by up to 5e-4 radians.
     """
     exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequencies = 1.0 / (config.rope_theta**exponents)
-    angles = torch.arange(max_length, dtype=torch.float32)[:, None] * frequencies[None, :]
+    return 1.0 / (config.rope_theta**exponents)
+
+
+def rotary_tables(config: GemmaConfig, max_length: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every position's angles, fp32 [max_length, h / 2] each."""
+    angles = torch.arange(max_length, dtype=torch.float32)[:, None] * rotary_frequencies(config)[None, :]
     return angles.cos(), angles.sin()
 
 

@@ -20,8 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import Decoder, rotary_tables
-from gemma_export.graphs.tensors import InMemory, RowSource, StreamedTensor, in_format
+from gemma_export.exporter.decoder import Decoder, rotary_frequencies
+from gemma_export.graphs.tensors import RotaryTable, RowSource, StreamedTensor, in_format
 from gemma_export.graphs.unroll import LAYER_INPUT, LAYER_OUTPUT, unroll
 
 OPSET = 24
@@ -90,12 +90,11 @@ def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, Row
     Raises:
         GraphError: The graph has an initializer of another name or shape.
     """
-    max_length = _cache_slots(model)
-    cos, sin = rotary_tables(config, max_length)
+    slots, frequencies = _cache_slots(model), rotary_frequencies(config)
     values: dict[str, RowSource] = {
         **weights,
-        "rotary_cos": InMemory("rotary_cos", cos),
-        "rotary_sin": InMemory("rotary_sin", sin),
+        "rotary_cos": RotaryTable("rotary_cos", frequencies, slots, torch.cos),
+        "rotary_sin": RotaryTable("rotary_sin", frequencies, slots, torch.sin),
     }
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:

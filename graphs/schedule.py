@@ -13,6 +13,7 @@ import torch
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec
+from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
 from gemma_export.graphs.passes.fold_reshape import fold_reshape
@@ -68,6 +69,10 @@ def _products(n: int) -> int:
     return 4 * n + 1
 
 
+def _two(n: int) -> int:
+    return 2
+
+
 def _once(n: int) -> int:
     return 1
 
@@ -105,6 +110,7 @@ def cpu_quantized(quantization: Quantization) -> tuple[Step, ...]:
         Step(partial(quantize_linear, linears=linears)),
         Step(partial(quantize_embedding, linears=linears)),
         Step(lower_linear, lambda n: floats),
+        Step(compute_rotary_tables, _two),
         Step(remove_dead_code),
     )
 

@@ -5,7 +5,7 @@ concatenate, change the number format) is a small object around the weight that 
 passes through, so the memory of a build is a few blocks, whatever the model.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -54,7 +54,7 @@ class RowSource(Protocol):
 
 @dataclass(frozen=True)
 class InMemory:
-    """A small tensor that is simply there: a rotary table, a constant."""
+    """A small tensor that is simply there: a constant."""
 
     name: str
     tensor: torch.Tensor
@@ -72,6 +72,38 @@ class InMemory:
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop)."""
         return self.tensor[start:stop].clone()
+
+
+@dataclass(frozen=True)
+class RotaryTable:
+    """Cosines or sines of every position's angles, fp32 [slots, h / 2].
+
+    Attributes:
+        name: What to call it.
+        frequencies: fp32 [h / 2]; an angle is position · frequency, rounded to fp32.
+        slots: Positions.
+        function: `torch.cos` or `torch.sin`.
+    """
+
+    name: str
+    frequencies: torch.Tensor
+    slots: int
+    function: Callable[[torch.Tensor], torch.Tensor]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """A row for each position, a column for each frequency."""
+        return (self.slots, len(self.frequencies))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """fp32, whatever the graph computes in."""
+        return torch.float32
+
+    def read(self, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop)."""
+        positions = torch.arange(start, stop, dtype=torch.float32)
+        return self.function(positions[:, None] * self.frequencies[None, :])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from torch import Tensor
 from gemma_export.calibration.observers import ChannelAbsmax, ObserverName
 from gemma_export.calibration.recipe import Decision, Layer, Recipe, decide
 from gemma_export.calibration.scales import (
-    CacheScales,
     CalibrationText,
     LinearScales,
     Method,
@@ -38,6 +37,7 @@ from gemma_export.graphs.formats import Rounding
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.tensors import ConcatRows, RowSource
 from gemma_export.runtime.bundle import hash_file
+from gemma_export.runtime.manifest import CacheScales
 
 CODES_FILE = "scales.safetensors"
 STAGE = "calibration"

@@ -203,7 +203,9 @@ def test_a_model_of_16_bit_layers_is_the_stored_one() -> None:
     other = tiny_canonical()
     schedule.lower(other, "cpu", FP16, FP32)
     feeds = tiny_feeds()
-    np.testing.assert_array_equal(run(model, feeds)["logits"], run(other, feeds)["logits"])
+    found, wanted = run(model, feeds)["logits"], run(other, feeds)["logits"]
+    # The same weights; only the cosines are onnxruntime's own, which differ from torch's in the last digit.
+    assert relative_error(found, wanted) < 3e-6
 
 
 @pytest.mark.parametrize("how", [TOKEN, LinearQuantization("w4", WeightFormat(4, 128))], ids=["tokens", "w4"])
@@ -235,6 +237,7 @@ def test_each_pass_reports_what_it_did(raw_graph: MakeGraph, how: LinearQuantiza
         "quantize_linear": 3 * LAYERS,
         "quantize_embedding": 1,
         "lower_linear": LAYERS,
+        "compute_rotary_tables": 2,
         "store_half": LAYERS,
     }
 
@@ -404,7 +407,7 @@ def expected_sizes(how: LinearQuantization) -> list[int]:
     config = tiny_source().config
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_query_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
-    sizes = [32 * config.head_dim // 2 * 4] * 2  # Tables of 32 positions; gains are in the graph file.
+    sizes = []  # Gains and the frequencies of the rotary tables are in the graph file.
     assert how.format is not None
     for rows, columns in [(heads + 2 * kv, d), (2 * f, d), (d, f)] * config.num_layers:
         sizes += [rows * columns * how.format.bits // 8, rows * how.format.groups(columns) * 4]
