@@ -206,12 +206,14 @@ def _decide_codes(layer: Layer, arithmetic: Arithmetic) -> Decision:
 
 
 def _spread_rows(weight: RowSource) -> Tensor:
-    """Some rows [n, K], in short runs that are evenly spread."""
+    """Some rows [n, K], in short runs that are evenly spread; all where they are few."""
     rows, columns = weight.shape
-    runs = max(1, min(rows, MOST_ROWS, MOST_VALUES // columns) // RUN)
-    starts = [i * rows // runs for i in range(runs)]
-    stops = [min(start + RUN, rows) for start in starts]
-    kept = torch.cat([weight.read(*span) for span in zip(starts, stops, strict=True)]).float()
+    count = max(RUN, min(MOST_ROWS, MOST_VALUES // columns))
+    runs = count // RUN
+    spans = [(0, rows)]
+    if rows > count:
+        spans = [(start, start + RUN) for start in (i * (rows - RUN) // runs for i in range(runs))]
+    kept = torch.cat([weight.read(*span) for span in spans]).float()
     if not kept.isfinite().all():
         raise not_finite(weight)
     return kept

@@ -173,6 +173,7 @@ def choose(
     max_kl: float | None,
     max_perplexity_increase: float | None,
     everything: UnitCost | None = None,
+    share: float = 1.0,
 ) -> Choice:
     """The layers to keep in 16 bits for the smallest bundle that is predicted to be within the budget.
 
@@ -187,6 +188,7 @@ def choose(
         max_kl: The most that the mean KL may be; None for no bound.
         max_perplexity_increase: The most that the perplexity may grow, in percent; None for no bound.
         everything: What all of them cost together; None predicts it by the sum.
+        share: Of a budget, that may be used up: other texts cost a little more or less than those measured.
 
     Raises:
         UsageError: A budget is no number of at least 0, or nothing could be quantized within it.
@@ -206,10 +208,10 @@ def choose(
         loss = _summing_to(loss, _cost(loss_before))
     # A budget that everything quantized keeps asks for nothing, whatever the sum says.
     exceeded = []
-    if max_kl is not None and kl_before > max_kl:
-        exceeded.append([_share(cost, max_kl) for cost in kl])
+    if max_kl is not None and kl_before > share * max_kl:
+        exceeded.append([_share(cost, share * max_kl) for cost in kl])
     if max_perplexity_increase is not None:
-        allowed = math.log1p(max_perplexity_increase / 100)
+        allowed = share * math.log1p(max_perplexity_increase / 100)
         if _cost(loss_before) > allowed:
             exceeded.append([_share(cost, allowed) for cost in loss])
     quantized = frozenset(range(len(units)))

@@ -32,7 +32,7 @@ CalibrationSeed = Annotated[int | None, typer.Option(help="Of what is chosen, or
 Observer = Annotated[ObserverName, typer.Option(help="What sets the scale that activations share.")]
 Scales = Annotated[Path | None, typer.Option(help="A file that `calibrate` wrote.")]
 NoCalibration = Annotated[
-    bool, typer.Option("--no-calibration", help="Round every weight to nearest; read no text.")
+    bool, typer.Option("--no-calibration", help="Scales from the weights alone; read no text.")
 ]
 Cache = Annotated[CacheKind, typer.Option(help="As the precision has it, or 8 bits.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle.")]

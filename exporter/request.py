@@ -245,7 +245,7 @@ class BuildRequest:
         block: Columns of a weight that share a scale; None takes the scheme's default.
         calibration: What the scales are made on.
         scales: A file that `gemma-export calibrate` wrote, instead of a calibration.
-        no_calibration: Round every weight to nearest, and read no text.
+        no_calibration: Take the scales from the weights alone, and read no text.
         kv_cache: Whether the cache has the scheme's format, or 8 bits.
         max_kl: Keep the layers in 16 bits that a mean KL of at most this needs; None keeps none.
         max_perplexity_increase: Likewise for the perplexity, in percent.

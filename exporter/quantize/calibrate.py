@@ -67,9 +67,9 @@ def plan_quantization(
     if request.max_kl is None and request.max_perplexity_increase is None:
         return QuantizationPlan(table, quantization, {})
     report = measure_source(source, request, quantization, None, listener)
-    budgets = (request.max_kl, request.max_perplexity_increase)
-    kl, perplexity = (None if budget is None else budget * SHARE for budget in budgets)
-    choice = choose(report.units, kl, perplexity, report.everything)
+    choice = choose(
+        report.units, request.max_kl, request.max_perplexity_increase, report.everything, share=SHARE
+    )
     listener(events.Note(choice.reason))
     kept = {unit.name: unit.reason for unit in choice.kept}
     return QuantizationPlan(table, apply_choice(quantization, choice), kept)

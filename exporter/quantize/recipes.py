@@ -1,11 +1,13 @@
 """From a scheme to the arithmetic of its layers: the formats of weights, and what rounds inputs."""
 
+from collections.abc import Sequence
+
 from gemma_export.calibration.arithmetic import Arithmetic, InputRounding
 from gemma_export.calibration.observers import ObserverName
 from gemma_export.calibration.recipe import Recipe
 from gemma_export.errors import UsageError
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.quantize.emulate import MERGED
+from gemma_export.exporter.quantize.emulate import MERGED, merged_shapes
 from gemma_export.exporter.request import Products, Scheme
 from gemma_export.graphs.formats import Form, WeightFormat
 
@@ -14,7 +16,7 @@ TABLE = "embed_tokens"
 
 def linear_names(config: GemmaConfig) -> list[str]:
     """The linear layers as the graph merges them, in its order; without the embedding table."""
-    return [f"layers.{i}.{kind}" for i in range(config.num_layers) for kind in MERGED]
+    return [name for name in merged_shapes(config) if name != TABLE]
 
 
 def weight_format(form: Form, block: int | None, target: str) -> WeightFormat:
@@ -50,13 +52,15 @@ def recipes(
     wanted = _arithmetic(products.form, products.blocks[0] if block is None else block, target)
     other = products.otherwise
     otherwise = None if other is None else _arithmetic(other, products.otherwise_block, target)
+    shapes = merged_shapes(config)
+    columns = {kind: shapes[f"layers.0.{kind}"][1] for kind in MERGED}
+    fitting = [size for size in products.blocks if all(_divides(size, width) for width in columns.values())]
     found = {}
-    for kind in MERGED:
-        columns = _columns(config, kind)
-        _check_block(kind, columns, wanted.weights.block, products)
-        usable = otherwise is not None and _divides(otherwise.weights.block, columns)
+    for kind, width in columns.items():
+        _check_block(kind, width, wanted.weights.block, fitting)
+        usable = otherwise is not None and _divides(otherwise.weights.block, width)
         found[kind] = Recipe(wanted, otherwise if usable else None, observer)
-    _check_block(TABLE, config.hidden_size, products.table_block, products)
+    _check_block(TABLE, config.hidden_size, products.table_block, [])
     return found | {TABLE: Recipe(_arithmetic("w8", products.table_block, target))}
 
 
@@ -91,20 +95,13 @@ def _arithmetic(form: Form, block: int | None, target: str) -> Arithmetic:
     return Arithmetic(form, weight_format(form, block, target), rounding)
 
 
-def _columns(config: GemmaConfig, kind: str) -> int:
-    """K of a layer's weight."""
-    return config.weight_shapes[f"layers.0.{MERGED[kind].parts[0]}.weight"][1]
-
-
 def _divides(block: int | None, columns: int) -> bool:
     return block is None or columns % block == 0
 
 
-def _check_block(name: str, columns: int, block: int | None, products: Products) -> None:
-    if _divides(block, columns):
-        return
-    fitting = [str(size) for size in products.blocks if size is not None and _divides(size, columns)]
-    raise UsageError(
-        f"Blocks of {block} columns do not divide the {columns} of {name}.",
-        f"Choose --block {' or '.join(fitting)}." if fitting else "Choose a precision of 16 bits.",
-    )
+def _check_block(name: str, columns: int, block: int | None, fitting: Sequence[int | None]) -> None:
+    if not _divides(block, columns):
+        raise UsageError(
+            f"Blocks of {block} columns do not divide the {columns} of {name}.",
+            f"Choose --block {' or '.join(map(str, fitting))}." if fitting else "Choose --precision fp16.",
+        )

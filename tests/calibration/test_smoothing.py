@@ -16,8 +16,17 @@ PER_TOKEN = Arithmetic("w8a8-token", WeightFormat(8), "token")
 FOUR_BITS = Arithmetic("w4", WeightFormat(4, 32, negative_scales=True), "block")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tiny products on several threads only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def layer(factor: float = 1.0, channels: int = 64) -> tuple[Tensor, Tensor]:
-    """Inputs and rows of a layer in which some channels are `factor` times larger, and their columns smaller."""
+    """Inputs and rows of a layer with some channels `factor` times larger, and their columns smaller."""
     random = torch.Generator().manual_seed(2)
     x, rows = torch.randn(200, channels, generator=random), torch.randn(48, channels, generator=random)
     x[:, OUTLIERS] *= factor
@@ -47,7 +56,7 @@ def test_a_vector_is_positive_and_centred(family, strength, factor):
     vector = vectors(*layer(factor)).vector(family, strength)
     assert (vector > 0).all()
     assert vector.isfinite().all()
-    assert 1 / FARTHEST <= vector.min()
+    assert vector.min() >= 1 / FARTHEST
     assert vector.max() <= FARTHEST
     assert float(vector.max() * vector.min()) == pytest.approx(1, rel=1e-4)
 
@@ -78,7 +87,7 @@ def test_outlier_channels_cost_nothing_once_smoothed(arithmetic, factor):
     plain = error_of(*layer(), arithmetic)(None)
     x, rows = layer(factor)
     found = search(vectors(x, rows), error_of(x, rows, arithmetic))
-    assert found.plain > 10 * plain or arithmetic is FOUR_BITS
+    assert found.plain > 2 * plain
     assert found.vector is not None
     # A vector undoes what was planted, but for where its strength lies between those that are tried.
     assert found.error < 1.1 * plain
