@@ -142,7 +142,7 @@ def _columns(weight: Tensor, feedback: Tensor, form: WeightFormat, scales: Tenso
             scales[:, index] = scales_for(moved.T.contiguous(), whole, "mse")[:, 0]
         scale = scales[:, index if form.block else 0].contiguous()
         rounded = _group(moved, feedback[group, group].T.contiguous(), scale, form, codes[group])
-        torch.sub(moved, rounded, out=errors[group])
+        torch.sub(weight[group], rounded, out=errors[group])
     return codes
 
 

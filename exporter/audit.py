@@ -14,15 +14,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
 
 import onnx_ir as ir
 
 from gemma_export.errors import GraphError, MissingDependencyError
 from gemma_export.graphs.formats import Form
 from gemma_export.graphs.quantization import LinearQuantization
-
-AuditedTarget = Literal["cpu", "onnx"]
 
 TABLE = "embed_tokens"
 """The embedding table, which is looked up and is the head's weight too."""
@@ -84,7 +81,7 @@ class AuditedTensor:
 def audit(
     graph: Path,
     linears: Mapping[str, LinearQuantization],
-    target: AuditedTarget,
+    target: str,
     errors: Mapping[str, float] = MappingProxyType({}),
 ) -> tuple[AuditedTensor, ...]:
     """Holds a graph against what it was asked to be.
@@ -196,7 +193,7 @@ class _NotAskedForError(Exception):
 
 
 def _audit(
-    graph: ir.Graph, linears: Mapping[str, LinearQuantization], target: AuditedTarget, verb: str
+    graph: ir.Graph, linears: Mapping[str, LinearQuantization], target: str, verb: str
 ) -> dict[str, AuditedTensor]:
     """What was found of every layer, by name."""
     readers = list(_readers(graph))
@@ -282,7 +279,7 @@ def _tensor(name: str, how: LinearQuantization, readers: list[_Reader], product:
     )
 
 
-def _check_product(reader: _Reader, how: LinearQuantization, target: AuditedTarget) -> None:
+def _check_product(reader: _Reader, how: LinearQuantization, target: str) -> None:
     """Checks what computes a layer.
 
     Raises:

@@ -9,13 +9,15 @@ stored table, so it is rounded as the reference implementations round it.
 Illegal when a table is not made of frequencies, or the two are not of the same ones.
 """
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 import torch
 
 from gemma_export.graphs.passes.quantized_layers import add_constant
 from gemma_export.graphs.tensors import InMemory, RotaryTable, add_initializer, streamed
 
-FUNCTIONS = {torch.cos: "Cos", torch.sin: "Sin"}
+FUNCTIONS: dict[Callable[[torch.Tensor], torch.Tensor], str] = {torch.cos: "Cos", torch.sin: "Sin"}
 """The operator of each function that a table may hold."""
 
 
@@ -39,10 +41,10 @@ def compute_rotary_tables(model: ir.Model) -> int:
         return 0
     angles = _angles(graph, table)
     for value, source in found:
-        node = ir.node(FUNCTIONS[source.function], [angles])
+        node = ir.node(FUNCTIONS[source.function], [angles.outputs[0]])
         computed = node.outputs[0]
         computed.shape, computed.dtype = ir.Shape(source.shape), ir.DataType.FLOAT
-        graph.insert_after(angles.producer(), node)
+        graph.insert_after(angles, node)
         value.replace_all_uses_with(computed)
         name = str(value.name)
         del graph.initializers[name]
@@ -50,7 +52,7 @@ def compute_rotary_tables(model: ir.Model) -> int:
     return len(found)
 
 
-def _angles(graph: ir.Graph, table: RotaryTable) -> ir.Value:
+def _angles(graph: ir.Graph, table: RotaryTable) -> ir.Node:
     """Position · frequency, fp32 [S, h/2], at the beginning of the graph."""
     frequencies = add_initializer(
         graph, "rotary_frequencies", InMemory("rotary_frequencies", table.frequencies)
@@ -70,4 +72,4 @@ def _angles(graph: ir.Graph, table: RotaryTable) -> ir.Value:
         node.outputs[0].shape, node.outputs[0].dtype = ir.Shape(shape), ir.DataType.FLOAT
         node.outputs[0].name = f"rotary_{name}"
     graph.insert_before(graph[0], [positions, column, product])
-    return product.outputs[0]
+    return product

@@ -23,11 +23,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 import torch
 
-from gemma_export.calibration.scales import CacheScales
 from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.patterns import users
 from gemma_export.graphs.spec import num_layers
 from gemma_export.graphs.tensors import InMemory, add_initializer
+from gemma_export.runtime.manifest import CacheScales
 
 BITS = 8
 _KEY_SCALE, _VALUE_SCALE = 12, 13

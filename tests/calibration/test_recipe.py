@@ -138,10 +138,12 @@ def test_what_cannot_be_smoothed_is_not():
 
 
 def test_smoothing_that_spoils_the_weight_counts_as_a_cost_of_rounding_x():
-    # Tokens of very different sizes: with one scale for all, only the strongest smoothing helps, at W's cost.
-    x = random(200, 64) * torch.logspace(-1.5, 1.5, 200)[:, None] * torch.logspace(-1, 1, 64)
-    subject = layer(x, smoothable=True)
-    assert decide(subject, Recipe(STATIC, WEIGHTS_ONLY)).scales.form == "w8"
+    # Channels that are large now and then: with one scale only the strongest smoothing helps, and W, whose
+    # columns it makes as different as the channels, then loses as much as x does.
+    often = torch.rand(400, 64, generator=torch.Generator().manual_seed(1)) < 0.3
+    x = random(400, 64) * torch.where(often, 1.0, 0.05) * torch.logspace(-0.75, 0.75, 64)
+    decision = decide(layer(x, smoothable=True), Recipe(STATIC, WEIGHTS_ONLY))
+    assert decision.scales.form == "w8"
 
 
 def test_a_static_scale_is_of_all_tokens_and_of_smoothed_inputs():
