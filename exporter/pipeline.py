@@ -6,11 +6,11 @@ Each hands the next a value; what fails, fails here with a sentence, and leaves 
 to refuse comes before what takes long.
 """
 
+import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import onnx_ir as ir
@@ -56,6 +56,7 @@ from gemma_export.runtime.bundle import (
 from gemma_export.runtime.parity import BUDGETS, Budget
 from gemma_export.version import __version__
 
+CODES_FOLDER = ".codes"
 NOT_RUN = ParitySummary("not run", "none", False, {})
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "sentencepiece", "safetensors", "numpy")
 
@@ -112,9 +113,12 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
             tokens = _write_configurations(source, slots, folder)
             facts |= {"pieces": tokens.pieces, "stop": list(tokens.stop_ids)}
         # Codes that calibration chose are read back while the weights are written, and are not kept.
-        with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.codes.") as codes:
-            plan = plan_quantization(request, source, Path(codes), listener)
-            graph, files = _write_graph(request, source, slots, plan, folder, listener)
+        # They lie in the folder that the next build clears, should this one be killed.
+        codes = folder / CODES_FOLDER
+        codes.mkdir()
+        plan = plan_quantization(request, source, codes, listener)
+        graph, files = _write_graph(request, source, slots, plan, folder, listener)
+        shutil.rmtree(codes)
         quantized = _audit(request, plan, folder, listener)
         cache_scales = plan.table.cache if plan is not None and request.kv_cache == "int8" else ()
         manifest = _manifest(request, source, slots, graph, quantized, cache_scales, tokens, folder, files)

@@ -259,11 +259,11 @@ def test_calibration_into_a_file(asked: list[Any], tmp_path: Path, invoke: Invok
         "gemma-export build --size 2b --tokenizer t.model --random-weights --seed 3 --precision int8 "
         f"--target onnx --scheme w8a8 --scales '{output}'" in outcome.out
     )
-    cache = ["calibrate", "--checkpoint", "a b", "--precision", "fp16", "--kv-cache", "int8"]
+    cache = ["calibrate", "--checkpoint", "a b", "--precision", "int4", "--kv-cache", "int8"]
     outcome = invoke(cache)
     assert asked[1][1] == Path("scales.json")
     assert (
-        "gemma-export build --checkpoint 'a b' --precision fp16 --target cpu --kv-cache int8 "
+        "gemma-export build --checkpoint 'a b' --precision int4 --target cpu --kv-cache int8 "
         "--scales scales.json" in outcome.out
     )
 
