@@ -6,9 +6,9 @@
     python benchmarks/quantization.py --size 2b --calibration  and of a calibration on 128 × 512 tokens
 
 Fidelity is measured on text that the model wrote itself, on the project's passages and, with `--text FILE`,
-on a file; each scheme is built with calibration and without. A graph that computes in 16 bits is run with
-each value rounded as a device rounds it. At 2B the weights are random, so only the cost is measured; a
-calibration takes about an hour there on two cores.
+on a file; each scheme is built with calibration and with scales from the weights alone. A graph that computes
+in 16 bits is run with each value rounded as a device rounds it. At 2B the weights are random, so only the cost
+is measured; a calibration takes about an hour there on two cores.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import math
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from checkpoints import write_checkpoint
@@ -39,6 +39,7 @@ from gemma_export.errors import GemmaExportError
 from gemma_export.exporter.config import preset, tiny_folder
 from gemma_export.exporter.parity.twin import measurable_session
 from gemma_export.exporter.pipeline import build
+from gemma_export.exporter.quantize.collect import uncalibrated
 from gemma_export.exporter.request import SCHEMES, BuildRequest
 from gemma_export.exporter.source import open_source
 from gemma_export.runtime.parity import ParityFigures
@@ -81,6 +82,8 @@ INT8_OUTLIERS = Bounds(1e-3, None, 0.975)
 # The shipped model has not learned what most passages are about. The likelihood of a token that it takes for
 # impossible moves far at the smallest error, either way: their perplexity says nothing about rounding.
 UNPREDICTED = {PASSAGES}
+SCALES = ("to nearest", "least squares", "calibrated")
+"""How scales are found: so that nothing is clipped; as `--no-calibration` does; on text."""
 INT4_OF_NEAREST = 0.6
 """The largest share of the KL of rounding to nearest, at the same block size, that int4 may keep."""
 
@@ -130,46 +133,57 @@ def measure_fidelity(text: Path | None, only: str, *, outliers: bool) -> None:
         if text is not None:
             texts.append(file_text(session.tokenizer, text, session.max_length))
         comparison = Comparison(open_source(checkpoint), texts)
-        print_heading("bundle", "calibrated", "MB", *HEADINGS, "KL / not calibrated", "within bounds")
+        print_heading("bundle", "scales", "MB", *HEADINGS, "KL / to nearest", "within bounds")
         for variant in variants():
             if only not in variant.name:
                 continue
             nearest: dict[str, float] = {}
-            for calibrated in (False, True):
-                done = "yes" if calibrated else "no"
+            for way in SCALES:
+                if way == "least squares" and variant.precision == "int8":
+                    continue  # What the weights alone give 8 bits is rounding to nearest.
                 try:
-                    bundle = build(_request(variant, checkpoint, folder / "bundle", calibrated)).path
+                    bundle = build(_request(variant, checkpoint, folder, way)).path
                 except GemmaExportError as error:
-                    print_row(variant.name, done, str(error))
+                    print_row(variant.name, way, str(error))
                     continue
                 size = sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
                 for name, figures in comparison.figures(measurable_session(bundle)):
                     share, within = "", ""
-                    if not calibrated:
+                    if way == "to nearest":
                         nearest[name] = figures.mean_kl
-                    else:
-                        ratio = figures.mean_kl / nearest.get(name, math.nan)
-                        holds = ratio <= INT4_OF_NEAREST
+                    elif name in nearest:
+                        share = f"{figures.mean_kl / nearest[name]:.2f}"
+                    if way == "calibrated":
+                        holds = figures.mean_kl <= INT4_OF_NEAREST * nearest.get(name, math.nan)
                         if variant.precision == "int8":
                             holds = bounds.hold(name, figures)
-                        share, within = f"{ratio:.2f}" if nearest else "", "yes" if holds else "no"
+                        within = "yes" if holds else "no"
                     megabytes = f"{size / 1e6:.2f}"
-                    print_row(variant.name, done, megabytes, *cells(name, figures), share, within)
+                    print_row(variant.name, way, megabytes, *cells(name, figures), share, within)
 
 
-def _request(variant: Variant, checkpoint: Path, output: Path, calibrated: bool) -> BuildRequest:
-    return BuildRequest(
-        output=output,
+def _request(variant: Variant, checkpoint: Path, folder: Path, way: str) -> BuildRequest:
+    request = BuildRequest(
+        output=folder / "bundle",
         checkpoint=checkpoint,
         target=variant.target,
         precision=variant.precision,
         scheme_name=variant.scheme,
         block=variant.block,
-        no_calibration=not calibrated,
         logits="all",
         parity="none",
         force=True,
     )
+    if way == "calibrated":
+        return request
+    if way == "least squares" or variant.precision == "int8":
+        return replace(request, no_calibration=True)
+    # What nobody would build, and what everything is held against: scales with which nothing is clipped.
+    table = uncalibrated(open_source(checkpoint), request.target, request.scheme, request.block)
+    linears = {name: replace(linear, method="nearest") for name, linear in table.linears.items()}
+    scales = folder / "nearest.json"
+    replace(table, linears=linears).write(scales)
+    return replace(request, block=None, scales=scales)
 
 
 def measure_cost(size: str, folder: Path, *, calibration: bool) -> None:
