@@ -6,9 +6,9 @@
     python benchmarks/quantization.py --size 2b --calibration  and of a calibration on 128 × 512 tokens
 
 Fidelity is measured on text that the model wrote itself, on the project's passages and, with `--text FILE`,
-on a file; each scheme is built with calibration and with scales from the weights alone. A graph that computes
-in 16 bits is run with each value rounded as a device rounds it. At 2B the weights are random, so only the cost
-is measured; a calibration takes about an hour there on two cores.
+on a file; each scheme is built with calibration and with scales from the weights alone. A graph that
+computes in 16 bits is run with each value rounded as a device rounds it. At 2B the weights are random, so
+only the cost is measured; a calibration takes about an hour there on two cores.
 """
 
 import argparse
