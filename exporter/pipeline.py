@@ -57,6 +57,16 @@ from gemma_export.runtime.parity import BUDGETS, Budget
 from gemma_export.version import __version__
 
 CODES_FOLDER = ".codes"
+QUANTIZED_RANDOM = Budget(
+    max_relative_error=0.5,
+    mean_kl=2.0,
+    max_kl=10.0,
+    top1_agreement=0.0,
+    perplexity_change=1.0,
+    reason="Random weights have no favourite token: of 256,000 logits some are always nearly equal, and "
+    "rounding weights without structure costs more than rounding a model's. A wrong graph is far outside.",
+)
+"""What the gate allows quantized random weights, which are there to try a size."""
 NOT_RUN = ParitySummary("not run", "none", False, {})
 TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "sentencepiece", "safetensors", "numpy")
 
@@ -262,6 +272,8 @@ def _check_parity(
 def _budget(request: BuildRequest) -> Budget:
     """The precision's, with the bounds that were asked for in place of its own."""
     budget = BUDGETS[request.precision]
+    if request.random_weights and request.scheme.products is not None:
+        budget = QUANTIZED_RANDOM
     if request.max_kl is not None:
         budget = replace(budget, mean_kl=request.max_kl)
     if request.max_perplexity_increase is not None:

@@ -169,6 +169,17 @@ def test_scales_from_a_file_make_the_same_bundle(build_once: BuildOnce, tmp_path
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_random_weights_pass_a_gate_of_their_own(precision: str, build_once: BuildOnce) -> None:
+    result = build_once(
+        size="tiny", random_weights=True, precision=precision, no_calibration=True, parity="quick"
+    )
+    assert result.report is not None
+    assert result.report.verdict == "pass"
+    assert result.report.budget.top1_agreement == 0
+
+
+@pytest.mark.slow
 def test_nothing_of_a_calibration_is_left_beside_a_bundle(build_once: BuildOnce) -> None:
     result = build_once(size="tiny", precision="int4", parity="quick", logits="all")
     assert sorted(path.name for path in result.path.parent.iterdir()) == [result.path.name]
