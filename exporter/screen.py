@@ -165,9 +165,22 @@ def parity_table(report: ParityReport) -> Table:
         "same first choice": f"{figures.top1_agreement:.2%}",
         "perplexity": f"{_brief(figures.bundle_perplexity)}, "
         f"reference {_brief(figures.reference_perplexity)}",
+        "cache": _cache_line(report),
         "continuations": f"{len(report.continuations)}, of which {diverged} leave the reference's",
     }
     return _two_columns({name: text for name, text in rows.items() if text})
+
+
+def _cache_line(report: ParityReport) -> str:
+    """How far the cached keys and values are off, at most, over the layers."""
+    if not report.layers:
+        return ""
+    key = max(report.layers, key=lambda layer: layer.key_max)
+    value = max(report.layers, key=lambda layer: layer.value_max)
+    return (
+        f"keys off by at most {_brief(key.key_max)} of the largest (layer {key.layer}), values by "
+        f"{_brief(value.value_max)} (layer {value.layer})"
+    )
 
 
 def _two_columns(rows: dict[str, str]) -> Table:
