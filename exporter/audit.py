@@ -18,11 +18,8 @@ from types import MappingProxyType
 import onnx_ir as ir
 
 from gemma_export.errors import GraphError, MissingDependencyError
-from gemma_export.graphs.formats import Form
+from gemma_export.graphs.formats import TABLE, Form
 from gemma_export.graphs.quantization import LinearQuantization
-
-TABLE = "embed_tokens"
-"""The embedding table, which is looked up and is the head's weight too."""
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
 CODES = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}

@@ -69,7 +69,7 @@ class Scheme:
     @property
     def floating_storage(self) -> FloatType:
         """Format of the weights that are not quantized."""
-        return "float16" if self.storage in ("int8", "int4") else self.storage  # type: ignore[return-value]
+        return "float16" if self.storage == "int8" or self.storage == "int4" else self.storage
 
 
 SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {

@@ -15,6 +15,9 @@ Form = Literal["float", "w8a8-token", "w8a8-tensor", "w8", "w4"]
 | `w4` | 4 bits, a scale per block | as it is |
 """
 
+TABLE = "embed_tokens"
+"""The embedding table's name: it is looked up, and is the head's weight too."""
+
 Rounding = Literal["nearest", "mse"]
 """How a group's scale is chosen: so that nothing is clipped, or by the least squared error."""
 

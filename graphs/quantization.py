@@ -149,10 +149,3 @@ def pack_nibbles(codes: Tensor) -> Tensor:
     # Two codes are read as one number of 16 bits: strided halves would take four times as long.
     pairs = codes.contiguous().view(torch.int16)
     return (pairs >> 4).bitwise_and_(0xF0).bitwise_or_(pairs & 0xF).to(torch.uint8)
-
-
-def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Codes of 4 bits (int8 [.., K]) from two to a byte (uint8 [.., K / 2])."""
-    low, high = packed.bitwise_and(0xF), packed >> 4
-    codes = torch.stack((low, high), -1).flatten(-2).view(torch.int8)
-    return codes.bitwise_xor_(8).sub_(8)

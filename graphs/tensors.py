@@ -107,11 +107,14 @@ class RotaryTable:
 
 
 @dataclass(frozen=True)
-class Cast:
-    """The source in another floating-point format, rounded to nearest even."""
+class OfSource:
+    """Rows made one by one of another source's: the same name, the same shape.
+
+    Attributes:
+        source: What they are made of.
+    """
 
     source: RowSource
-    dtype: torch.dtype
 
     @property
     def name(self) -> str:
@@ -122,6 +125,13 @@ class Cast:
     def shape(self) -> tuple[int, ...]:
         """The source's shape."""
         return self.source.shape
+
+
+@dataclass(frozen=True)
+class Cast(OfSource):
+    """The source in another floating-point format, rounded to nearest even."""
+
+    dtype: torch.dtype
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop), cast."""
@@ -131,24 +141,13 @@ class Cast:
 
 
 @dataclass(frozen=True)
-class OnePlus:
+class OnePlus(OfSource):
     """1 + source, added in fp32: the gain of a Gemma RMSNorm as a standard operator takes it.
 
     Near 1 bfloat16 has steps of 2^-7, so the sum must not be rounded back to the checkpoint's format.
     """
 
-    source: RowSource
     dtype: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The source's shape."""
-        return self.source.shape
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop) plus one, fp32."""
@@ -188,7 +187,7 @@ class ConcatRows:
 
 
 @dataclass(frozen=True)
-class ScaleRows:
+class ScaleRows(OfSource):
     """Each row of a source times a number of its own, in fp32.
 
     Attributes:
@@ -196,19 +195,8 @@ class ScaleRows:
         factors: fp32 [N].
     """
 
-    source: RowSource
     factors: torch.Tensor
     dtype: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The source's shape."""
-        return self.source.shape
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop), fp32."""
@@ -217,7 +205,7 @@ class ScaleRows:
 
 
 @dataclass(frozen=True)
-class ScaleColumns:
+class ScaleColumns(OfSource):
     """Each column of a source times a number of its own, in fp32.
 
     Attributes:
@@ -225,19 +213,8 @@ class ScaleColumns:
         factors: fp32 [K].
     """
 
-    source: RowSource
     factors: torch.Tensor
     dtype: torch.dtype = torch.float32
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The source's shape."""
-        return self.source.shape
 
     def read(self, start: int, stop: int) -> torch.Tensor:
         """Rows [start, stop), fp32."""

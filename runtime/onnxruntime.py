@@ -43,6 +43,9 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_SATURATION = "session.x64quantprecision"
 _VNNI = ("avx512_vnni", "avx_vnni")
 
+# What onnxruntime evaluates at load, a weight's conversion to fp32 for one, it holds in memory whole.
+_KEEPING_WEIGHTS_AS_STORED = ["ConstantFolding"]
+
 _FATAL = 4  # onnxruntime's log level: what it logs as an error it also raises, and we tell it once
 
 
@@ -53,7 +56,7 @@ class OnnxRuntimeBackend:
         bundle: A bundle that has been checked.
         threads: Threads within an operator; None lets onnxruntime take one per physical core.
         graph: A serialized graph to run in place of the bundle's, over the same weights; the manifest must
-            describe it.
+            describe it. Its weights stay as they are stored and are converted when they are used.
 
     Raises:
         BundleError: onnxruntime cannot load the graph, or the graph has another contract.
@@ -74,7 +77,10 @@ class OnnxRuntimeBackend:
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
         try:
             self._session = ort.InferenceSession(
-                graph or str(path), options, providers=["CPUExecutionProvider"]
+                graph or str(path),
+                options,
+                providers=["CPUExecutionProvider"],
+                disabled_optimizers=[] if graph is None else _KEEPING_WEIGHTS_AS_STORED,
             )
         except Exception as error:
             # onnxruntime's exceptions share no base of their own.

@@ -30,10 +30,10 @@ from gemma_export.exporter.checkpoints.safetensors import read_safetensors
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.quantize.codes import CodesFile
 from gemma_export.exporter.quantize.emulate import MERGED
-from gemma_export.exporter.quantize.recipes import TABLE, linear_names, recipes, weight_format, without_text
+from gemma_export.exporter.quantize.recipes import linear_names, recipes, weight_format, without_text
 from gemma_export.exporter.request import Scheme
 from gemma_export.exporter.source import Source
-from gemma_export.graphs.formats import Rounding
+from gemma_export.graphs.formats import TABLE, Rounding
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.tensors import ConcatRows, RowSource
 from gemma_export.runtime.bundle import hash_file

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gemma_export.exporter.checkpoints.checkpoint import LazyTensor
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import DecoderLayer
+from gemma_export.graphs.formats import TABLE
 from gemma_export.graphs.quantization import (
     LinearQuantization,
     Quantization,
@@ -27,6 +27,7 @@ from gemma_export.graphs.quantization import (
     round_per_token,
     round_trip,
 )
+from gemma_export.graphs.tensors import OfSource
 
 BLOCK_BYTES = 16 << 20
 """Size in fp32 of the blocks of rows that are rounded at once: the search for scales makes several copies."""
@@ -129,7 +130,7 @@ def computed_as(linears: Iterable[DeviceLinear]) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class DeviceTable:
+class DeviceTable(OfSource):
     """The embedding table as it comes back from storage: what is looked up, and the head's weight.
 
     Attributes:
@@ -137,18 +138,7 @@ class DeviceTable:
         linear: How it is quantized.
     """
 
-    source: LazyTensor
     linear: LinearQuantization
-
-    @property
-    def name(self) -> str:
-        """The source's name."""
-        return self.source.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The source's shape."""
-        return self.source.shape
 
     @property
     def dtype(self) -> torch.dtype:
@@ -200,7 +190,7 @@ def stored_bytes(linear: LinearQuantization, rows: int, columns: int) -> int:
 
 def merged_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
     """Name → shape [N, K] of the embedding table and of every merged layer, in the model's order."""
-    merged = {"embed_tokens": (config.vocab_size, config.hidden_size)}
+    merged = {TABLE: (config.vocab_size, config.hidden_size)}
     shapes = config.weight_shapes
     for i in range(config.num_layers):
         for name, layer in MERGED.items():

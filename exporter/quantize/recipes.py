@@ -9,9 +9,7 @@ from gemma_export.errors import UsageError
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.quantize.emulate import MERGED, merged_shapes
 from gemma_export.exporter.request import Products, Scheme
-from gemma_export.graphs.formats import Form, WeightFormat
-
-TABLE = "embed_tokens"
+from gemma_export.graphs.formats import TABLE, Form, WeightFormat
 
 
 def linear_names(config: GemmaConfig) -> list[str]:

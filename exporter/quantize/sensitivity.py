@@ -42,11 +42,12 @@ from gemma_export.exporter.quantize.emulate import (
 )
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, requested_source
+from gemma_export.graphs.formats import TABLE
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.runtime.tokenizer import Tokenizer
 
 STAGE = "sensitivity"
-REFERENCE, EVERYTHING, TABLE = "reference", "everything", "embed_tokens"
+REFERENCE, EVERYTHING = "reference", "everything"
 
 SMALL_PARAMETERS = 50_000_000
 """Models of up to so many parameters are measured on more: each variant of a layer is a run of its own."""

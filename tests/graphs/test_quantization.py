@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.nibbles import unpack_nibbles
 from torch import Tensor
 
 from gemma_export.graphs.formats import Rounding, WeightFormat
@@ -18,7 +19,6 @@ from gemma_export.graphs.quantization import (
     round_per_token,
     round_trip,
     scales_for,
-    unpack_nibbles,
 )
 
 INT8, INT4 = WeightFormat(8), WeightFormat(4)

@@ -7,6 +7,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from support.nibbles import unpack_nibbles
 from torch import Tensor
 
 from gemma_export.errors import CheckpointError, GraphError
@@ -17,7 +18,6 @@ from gemma_export.graphs.quantization import (
     encode,
     pack_nibbles,
     scales_for,
-    unpack_nibbles,
 )
 from gemma_export.graphs.quantized import (
     PackedBlocks,
