@@ -164,6 +164,55 @@ class QuantizationInfo:
 
 
 @dataclass(frozen=True)
+class Range:
+    """Sizes of a free dimension, both ends included, and the one that the engine is fastest at."""
+
+    min: int
+    opt: int
+    max: int
+
+
+@dataclass(frozen=True)
+class ProfileInfo:
+    """An optimization profile of an engine: the steps it runs.
+
+    Attributes:
+        name: `prefill` or `decode`; `decode-batch` for more rows than one.
+        batch: Rows of a step.
+        tokens: Tokens per row of a step.
+        activation_bytes: Device memory it needs for a step, caches and weights aside.
+    """
+
+    name: str
+    batch: Range
+    tokens: Range
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """An engine that was compiled from the graph, as the audit found it.
+
+    Attributes:
+        file: Its file in the bundle.
+        flavour: What built it, and runs it: TensorRT, or TensorRT for RTX.
+        version: Of that; an engine runs on no other.
+        sms: Compute capabilities it runs on, as in 89 for 8.9.
+        profiles: Steps it runs, in the order the engine has them.
+        weight_bytes: Device memory of its weights.
+        kernels: How many kernels of each kind it has, over all profiles.
+    """
+
+    file: str
+    flavour: Literal["rtx", "tensorrt"]
+    version: str
+    sms: tuple[int, ...]
+    profiles: tuple[ProfileInfo, ...]
+    weight_bytes: int
+    kernels: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class ParitySummary:
     """The verdict of the parity gate; in JSON the figures stand beside it, not in an object of their own."""
 
@@ -195,6 +244,7 @@ class Manifest:
     parity: ParitySummary
     tools: Mapping[str, str]
     files: Mapping[str, FileEntry]
+    engines: tuple[EngineInfo, ...] = ()
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
