@@ -268,6 +268,7 @@ class Manifest:
                 f'Its "format" must be "{FORMAT}"; give the folder that `gemma-export build` wrote.',
             )
         _check_version(data.get("format_version"))
+        data.setdefault("engines", [])  # Bundles were written before there were any.
         parity = data.get("parity")
         if isinstance(parity, dict):
             known = {field.name for field in fields(ParitySummary)}
