@@ -13,6 +13,7 @@ import torch
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec
+from gemma_export.graphs.formats import Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
@@ -26,6 +27,7 @@ from gemma_export.graphs.passes.lower_linear import lower_linear
 from gemma_export.graphs.passes.merge_gate_up import merge_gate_up
 from gemma_export.graphs.passes.merge_projections import merge_projections
 from gemma_export.graphs.passes.name_values import name_values
+from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
 from gemma_export.graphs.passes.quantize_embedding import quantize_embedding
 from gemma_export.graphs.passes.quantize_linear import quantize_linear
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
@@ -51,6 +53,38 @@ class Step:
         """The pass's."""
         run = self.run.func if isinstance(self.run, partial) else self.run
         return str(run.__name__)
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The formats of a lowered graph's numbers.
+
+    Attributes:
+        storage: Of the weights that are not quantized.
+        compute: Of the arithmetic and of the cache, products of integers aside.
+        keep: Initializers (where only the storage is narrow) or values (where the arithmetic is) that stay
+            in fp32.
+        quantization: How weights and products are quantized; None where they are not.
+    """
+
+    storage: torch.dtype
+    compute: torch.dtype
+    keep: Collection[str] = ()
+    quantization: Quantization | None = None
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """What becomes of each linear layer and the table, by name; empty where nothing is quantized."""
+        linears = {} if self.quantization is None else self.quantization.linears
+        return {name: how.form for name, how in linears.items()}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The passes of a lowering, in order, and the rules that its graph keeps."""
+
+    steps: tuple[Step, ...]
+    rules: spec.Spec
 
 
 def _twice(n: int) -> int:
@@ -97,14 +131,22 @@ CPU = (
     Step(lower_linear, _products),
     Step(remove_dead_code),
 )
-"""The canonical graph → what onnxruntime's CPU provider runs best."""
+"""The canonical graph → what onnxruntime's CPU provider runs best, in fp32."""
 
 
-def cpu_quantized(quantization: Quantization) -> tuple[Step, ...]:
-    """The canonical graph with its channels scaled → what onnxruntime's CPU provider runs best, quantized."""
-    linears = quantization.linears
-    floats = sum(how.form == "float" for how in linears.values())
-    return (
+def cpu(formats: Formats) -> Schedule:
+    """The canonical graph → what onnxruntime's CPU provider runs best.
+
+    It has no 16-bit arithmetic: the format of `compute` is fp32, whatever is stored.
+    """
+    narrow = partial(store_half, dtype=formats.storage, keep=formats.keep)
+    storage = () if formats.storage == torch.float32 else (Step(narrow),)
+    if formats.quantization is None:
+        return Schedule((*CPU, *storage), spec.CPU)
+    linears = formats.quantization.linears
+    floats = sum(form == "float" for form in formats.forms.values())
+    steps = (
+        *_scaled(formats.quantization),
         Step(lower_group_query_attention, _once_a_layer),
         # The layers before the table: it is its lookup that tells the head from a layer.
         Step(partial(quantize_linear, linears=linears)),
@@ -112,7 +154,44 @@ def cpu_quantized(quantization: Quantization) -> tuple[Step, ...]:
         Step(lower_linear, lambda n: floats),
         Step(compute_rotary_tables, _two),
         Step(remove_dead_code),
+        *storage,
     )
+    return Schedule(steps, spec.cpu_quantized(formats.forms))
+
+
+def tensorrt(formats: Formats) -> Schedule:
+    """The canonical graph → standard operators in the spelling that TensorRT fuses.
+
+    Of both flavours: TensorRT, and TensorRT for RTX. It is also what the target `onnx` is, for a device to
+    compile.
+    """
+    quantized: tuple[Step, ...] = ()
+    if formats.quantization is not None:
+        quantized = (
+            *_scaled(formats.quantization),
+            Step(partial(quantize_dequantize, quantization=formats.quantization)),
+            Step(remove_dead_code),
+        )
+    if formats.compute != torch.float32:
+        half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
+        quantized += (Step(half), Step(remove_dead_code))
+    rules = spec.HALF if formats.quantization is None else spec.onnx_quantized(formats.forms)
+    return Schedule(quantized, rules)
+
+
+LOWERINGS: dict[str, Callable[[Formats], Schedule]] = {
+    "cpu": cpu,
+    "onnx": tensorrt,
+    "rtx": tensorrt,
+    "tensorrt": tensorrt,
+}
+"""What makes a target's schedule, by target."""
+
+
+def _scaled(quantization: Quantization) -> tuple[Step, ...]:
+    """Folding the channels' scales into the weights, while these are still numbers."""
+    smoothing = quantization.smoothing
+    return (Step(partial(fold_channel_scales, smoothing=smoothing), lambda n: len(smoothing)),)
 
 
 def canonicalize(model: ir.Model) -> PassReport:
@@ -135,7 +214,7 @@ def lower(
 
     Args:
         model: The canonical graph, in fp32.
-        target: `cpu` or `onnx`.
+        target: A key of `LOWERINGS`.
         storage: Format of the weights that are not quantized.
         compute: Format of the arithmetic and of the cache, products of integers aside.
         keep: Initializers (where only the storage is narrow) or values (where the arithmetic is) that stay
@@ -145,34 +224,9 @@ def lower(
     Raises:
         GraphError: The graph, or what was chosen for it, is not what a pass or a rule wants.
     """
-    report: PassReport = {}
-    rules = spec.CPU
-    forms = {} if quantization is None else {name: how.form for name, how in quantization.linears.items()}
-    if quantization is not None:
-        report["fold_channel_scales"] = fold_channel_scales(model, quantization.smoothing)
-    if target == "cpu":
-        if quantization is None:
-            report |= run(model, CPU)
-        else:
-            report |= run(model, cpu_quantized(quantization))
-            rules = spec.cpu_quantized(forms)
-        if storage != torch.float32:
-            report["store_half"] = store_half(model, storage, keep)
-        rules.check(model)
-        return report
-    if quantization is not None:
-        # Only this target's graph needs the pass, and a build of another must not load it.
-        from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
-
-        report["quantize_dequantize"] = quantize_dequantize(model, quantization)
-        report["remove_dead_code"] = remove_dead_code(model)
-    if compute != torch.float32:
-        report["half_precision"] = half_precision(model, compute, keep)
-        remove_dead_code(model)
-    if quantization is not None:
-        spec.onnx_quantized(forms).check(model)
-    elif compute != torch.float32:
-        spec.HALF.check(model)
+    schedule = LOWERINGS[target](Formats(storage, compute, keep, quantization))
+    report = run(model, schedule.steps)
+    schedule.rules.check(model)
     return report
 
 
@@ -193,5 +247,5 @@ def run(model: ir.Model, steps: tuple[Step, ...]) -> PassReport:
                 f" (after {', '.join(report) or 'no other'}).",
                 "The traced graph has another form than the pass knows: this is a defect, please report it.",
             )
-        report[name] = count
+        report[name] = report.get(name, 0) + count
     return report
