@@ -72,6 +72,15 @@ class Scheme:
         return "float16" if self.storage == "int8" or self.storage == "int4" else self.storage
 
 
+# What TensorRT compiles. It takes 8 bits with a scale per row; blocks are for 4 bits.
+_FP16 = Scheme("fp16", "float16", "float16", "float16")
+_BF16 = Scheme("bf16", "bfloat16", "bfloat16", "bfloat16")
+_W8A16 = Scheme("w8a16", "int8", "float16", "float16", Products("w8", 8, (None,), None))
+_W8A8 = Scheme(
+    "w8a8", "int8", "float16", "float16", Products("w8a8-tensor", 8, (None,), None, otherwise="w8")
+)
+_W4A16 = Scheme("w4a16", "int4", "float16", "float16", Products("w4", 4, (128, 64, 32), None))
+
 SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
     ("cpu", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),
     # onnxruntime's CPU provider has no 16-bit products on x86: it would convert back and forth around each.
@@ -90,18 +99,19 @@ SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
     ),
     ("cpu", "int4"): (Scheme("w4a16", "int4", "float32", "float32", Products("w4", 4, (128, 32, 64), 256)),),
     ("onnx", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),
-    ("onnx", "fp16"): (Scheme("fp16", "float16", "float16", "float16"),),
-    ("onnx", "bf16"): (Scheme("bf16", "bfloat16", "bfloat16", "bfloat16"),),
-    # Compilers take 8 bits with a scale per row; blocks are for 4 bits.
-    ("onnx", "int8"): (
-        Scheme("w8a16", "int8", "float16", "float16", Products("w8", 8, (None,), None)),
-        Scheme(
-            "w8a8", "int8", "float16", "float16", Products("w8a8-tensor", 8, (None,), None, otherwise="w8")
-        ),
-    ),
-    ("onnx", "int4"): (
-        Scheme("w4a16", "int4", "float16", "float16", Products("w4", 4, (128, 64, 32), None)),
-    ),
+    ("onnx", "fp16"): (_FP16,),
+    ("onnx", "bf16"): (_BF16,),
+    ("onnx", "int8"): (_W8A16, _W8A8),
+    ("onnx", "int4"): (_W4A16,),
+    # Its documentation lists no GPU for products of integers; they build, and have to be asked for.
+    ("rtx", "fp16"): (_FP16,),
+    ("rtx", "bf16"): (_BF16,),
+    ("rtx", "int8"): (_W8A16, _W8A8),
+    ("rtx", "int4"): (_W4A16,),
+    ("tensorrt", "fp16"): (_FP16,),
+    ("tensorrt", "bf16"): (_BF16,),
+    ("tensorrt", "int8"): (_W8A8, _W8A16),
+    ("tensorrt", "int4"): (_W4A16,),
 }
 """Everything that can be built, by target and precision; of several schemes, the default first."""
 
@@ -409,7 +419,9 @@ def _check_calibration(request: BuildRequest) -> None:
         )
     per_tensor = scheme.products is not None and scheme.products.form == "w8a8-tensor"
     if request.no_calibration and per_tensor:
-        other = scheme_for(request.target, request.precision).name
+        other = next(
+            other.name for other in SCHEMES[request.target, request.precision] if other is not scheme
+        )
         raise UsageError(
             f"The scheme {scheme.name} needs the ranges of activations, which only a calibration finds.",
             f"Leave --no-calibration out, or take --scheme {other}.",

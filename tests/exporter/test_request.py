@@ -30,9 +30,11 @@ def on(**options: Any) -> CalibrationRequest:
 
 
 def test_everything_the_help_names_can_be_built() -> None:
-    assert TARGETS == ("cpu", "onnx")
+    assert TARGETS == ("cpu", "onnx", "rtx", "tensorrt")
     assert PRECISIONS == ("fp32", "fp16", "bf16", "int8", "int4")
-    assert set(SCHEMES) == {(target, precision) for target in TARGETS for precision in PRECISIONS}
+    everything = {(target, precision) for target in TARGETS for precision in PRECISIONS}
+    # TensorRT refuses attention in fp32: there is nothing to compile.
+    assert everything - set(SCHEMES) == {("rtx", "fp32"), ("tensorrt", "fp32")}
 
 
 @pytest.mark.parametrize(("target", "precision"), SCHEMES, ids=lambda value: value)
@@ -50,7 +52,8 @@ def test_scheme_keeps_the_precision(target: str, precision: str) -> None:
 
 def test_the_first_scheme_is_the_default() -> None:
     assert scheme_for("cpu", "int8").name == BuildRequest(**INT8).scheme.name == "w8a8-dynamic"
-    assert scheme_for("onnx", "int8").name == "w8a16"
+    assert scheme_for("onnx", "int8").name == scheme_for("rtx", "int8").name == "w8a16"
+    assert scheme_for("tensorrt", "int8").name == "w8a8"
     assert BuildRequest(**W8A8).scheme.products.form == "w8a8-tensor"  # type: ignore[union-attr]
 
 
@@ -118,6 +121,11 @@ def test_request_is_frozen() -> None:
         ),
         # What only a calibration finds
         (W8A8 | {"no_calibration": True}, "w8a8 needs the ranges of activations", "--scheme w8a16"),
+        (
+            INT8 | {"target": "tensorrt", "no_calibration": True},
+            "w8a8 needs the ranges of activations",
+            "--scheme w8a16",
+        ),
         (INT8 | {"no_calibration": True, "kv_cache": "int8"}, "keys and values", "--kv-cache"),
         (INT8 | {"calibration": on(observer="absmax")}, "nothing to observe", "--scheme w8a8"),
         # Budgets
