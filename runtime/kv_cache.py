@@ -39,6 +39,23 @@ class LayerScales(Protocol):
         ...
 
 
+class CacheBuffer(Protocol):
+    """Keys or values of a layer, [B, K, S, h]: a numpy array, or memory of a device that slices like one."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The four sizes."""
+        ...
+
+    def __getitem__(self, rows: slice, /) -> "CacheBuffer":
+        """Rows of it over the same memory."""
+        ...
+
+    def __array__(self) -> Array:
+        """What is in it, on the host: its own memory or a copy of it."""
+        ...
+
+
 class KVCache:
     """Keys and values of every layer for B rows of S slots, and how many slots of each row are filled.
 
@@ -47,7 +64,7 @@ class KVCache:
     cache as it was.
 
     Args:
-        key_buffers: One [B, K, S, h] C-contiguous array per layer, of the storage dtype; not copied.
+        key_buffers: One [B, K, S, h] C-contiguous buffer per layer, of the storage dtype; not copied.
         value_buffers: Likewise.
         dtype: The dtype of the elements: float32, float16, bfloat16 or int8.
         lengths: int64 [B], not copied: the filled slots of each row.
@@ -59,14 +76,15 @@ class KVCache:
 
     def __init__(
         self,
-        key_buffers: Sequence[Array],
-        value_buffers: Sequence[Array],
+        key_buffers: Sequence[CacheBuffer],
+        value_buffers: Sequence[CacheBuffer],
         dtype: str,
         lengths: npt.NDArray[np.int64],
         scales: Sequence[LayerScales] = (),
     ) -> None:
-        self.key_buffers = tuple(key_buffers)
-        self.value_buffers = tuple(value_buffers)
+        # What they are, only the backend that made them knows.
+        self.key_buffers: tuple[Any, ...] = tuple(key_buffers)
+        self.value_buffers: tuple[Any, ...] = tuple(value_buffers)
         self.dtype = dtype
         self.lengths = lengths
         self.batch: int = self.key_buffers[0].shape[0]
@@ -148,7 +166,8 @@ class KVCache:
     def keys(self, layer: int) -> Array:
         """The filled keys of a layer: [B, K, length, h].
 
-        float32 and float16 are views of the cache; bfloat16, which numpy lacks, and int8 are float32 copies.
+        float32 and float16 are views of a cache in the host's memory; bfloat16, which numpy lacks, and int8
+        are float32 copies. Of a cache on a device all are copies.
         """
         return self._filled(self.key_buffers[layer], self.scales[layer].key if self.scales else ())
 
@@ -156,8 +175,8 @@ class KVCache:
         """The filled values of a layer, as `keys`."""
         return self._filled(self.value_buffers[layer], self.scales[layer].value if self.scales else ())
 
-    def _filled(self, buffer: Array, scales: Sequence[float]) -> Array:
-        filled = buffer[:, :, : self.length]
+    def _filled(self, buffer: CacheBuffer, scales: Sequence[float]) -> Array:
+        filled: Array = np.asarray(buffer)[:, :, : self.length]
         if self.dtype == "bfloat16":
             return (filled.astype(np.uint32) << 16).view(np.float32)
         if self.dtype == "int8":
