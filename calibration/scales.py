@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from gemma_export.errors import ScalesError
+from gemma_export.disk import disk_errors
+from gemma_export.errors import ScalesError, UsageError
 from gemma_export.graphs.formats import Form
-from gemma_export.graphs.storage import disk_errors
 from gemma_export.runtime.bundle import hash_file
 from gemma_export.runtime.manifest import CacheScales
 from gemma_export.schema import MisshapenError, read_value
@@ -142,6 +142,7 @@ class ScaleTable:
         """Reads a file.
 
         Raises:
+            UsageError: There is no such file.
             ScalesError: It cannot be read, or `from_json` refuses it.
         """
         try:
@@ -149,7 +150,7 @@ class ScaleTable:
                 raise ScalesError(f"{path} is too large for a scales file.", _AGAIN)
             text = path.read_text(encoding="utf-8")
         except FileNotFoundError:
-            raise ScalesError(
+            raise UsageError(
                 f"There is no file {path}.", "Check its path, or make it with `gemma-export calibrate`."
             ) from None
         except UnicodeDecodeError:

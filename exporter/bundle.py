@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from gemma_export.disk import disk_errors
 from gemma_export.errors import BundleError, StorageError, UsageError
-from gemma_export.graphs.storage import disk_errors
 from gemma_export.runtime.bundle import MANIFEST_NAME, FileEntry, Manifest, hash_file
 from gemma_export.runtime.manifest import FORMAT
 

@@ -5,20 +5,18 @@ queue of a few blocks. Memory is those few blocks, whatever the model, and there
 file holds no weights.
 """
 
-import errno
 import hashlib
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from gemma_export.errors import StorageError
 from gemma_export.graphs.direct_file import DirectFile
 from gemma_export.graphs.tensors import StreamedTensor, not_finite, streamed
 
@@ -29,18 +27,6 @@ ALIGNMENT = 4096
 INLINE_BYTES = 1024
 """Tensors up to this size stay in the graph file."""
 QUEUED_BLOCKS = 4
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_UNUSABLE = (
-    errno.EACCES,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ENOENT,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-)
 
 Progress = Callable[[int, int], None]
 """Called with bytes written so far and bytes in all."""
@@ -201,26 +187,3 @@ def _check_finite(block: torch.Tensor, tensor: StreamedTensor) -> None:
     if torch.isnan(block).any() or block.dtype == torch.float32:
         raise not_finite(tensor.source)
     raise LeavesRangeError(str(tensor.name))
-
-
-@contextmanager
-def disk_errors(output: Path) -> Iterator[None]:
-    """Turns what a disk refuses while `output` is written into a sentence."""
-    try:
-        yield
-    except BrokenPipeError:  # Not a disk: whoever read our output went away.
-        raise
-    except OSError as error:
-        reason = error.strerror or error
-        if error.errno in _FULL:
-            raise StorageError(
-                f"The disk with {output} takes no more: {reason}.",
-                "Nothing was kept. Free some space, or choose another disk with -o.",
-            ) from error
-        if error.errno in _UNUSABLE:
-            raise StorageError(
-                f"{output} cannot be written: {reason}.", "Choose a folder that you may write to with -o."
-            ) from error
-        raise StorageError(
-            f"Writing {output} failed: {reason}.", "Check the disk, then try again."
-        ) from error

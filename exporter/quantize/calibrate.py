@@ -18,6 +18,7 @@ from gemma_export.calibration.scales import (
     require,
 )
 from gemma_export.calibration.sensitivity import choose
+from gemma_export.disk import disk_errors
 from gemma_export.exporter import events
 from gemma_export.exporter.quantize.calibration_text import calibration_sequences
 from gemma_export.exporter.quantize.collect import CODES_FILE, calibrate, quantization_of, uncalibrated
@@ -25,7 +26,6 @@ from gemma_export.exporter.quantize.sensitivity import apply_choice, measure_sou
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, requested_source
 from gemma_export.graphs.quantization import Quantization
-from gemma_export.graphs.storage import disk_errors
 
 SHARE = 0.85
 """Of a budget, that the choice may use up: what some texts cost is 15 % off what others do."""

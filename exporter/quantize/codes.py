@@ -15,8 +15,8 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
+from gemma_export.disk import disk_errors
 from gemma_export.exporter.checkpoints.tensor import bytes_of
-from gemma_export.graphs.storage import disk_errors
 
 _DTYPES = {torch.int8: "I8", torch.float32: "F32"}
 _PREFIX_BYTES = 8

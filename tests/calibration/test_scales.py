@@ -21,7 +21,7 @@ from gemma_export.calibration.scales import (
     open_codes,
     require,
 )
-from gemma_export.errors import ScalesError
+from gemma_export.errors import GemmaExportError, ScalesError, UsageError
 from gemma_export.exporter.config import preset
 
 TEXT = CalibrationText("Zwölf.txt", 128, 65_536, 7, "ab" * 32)
@@ -212,15 +212,17 @@ def test_numbers_that_are_no_error(fields: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
-    [(None, "There is no file"), (b"\xff\xfe{}", "not UTF-8")],
+    ("content", "error", "words"),
+    [(None, UsageError, "There is no file"), (b"\xff\xfe{}", ScalesError, "not UTF-8")],
     ids=["missing", "UTF-16"],
 )
-def test_files_that_cannot_be_read(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_files_that_cannot_be_read(
+    tmp_path: Path, content: bytes | None, error: type[GemmaExportError], words: str
+) -> None:
     path = tmp_path / "scales.json"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ScalesError, match=words) as caught:
+    with pytest.raises(error, match=words) as caught:
         ScaleTable.read(path)
     assert str(path) in caught.value.message
 

@@ -374,7 +374,8 @@ def test_path_that_is_not_utf8(run_cli: RunCli) -> None:
 ENDING = """
 import os, signal
 import onnx_ir as ir, torch
-from gemma_export.exporter import cli, pipeline, screen
+from gemma_export.exporter import pipeline, screen
+from gemma_export.exporter.commands import console
 from gemma_export.exporter.events import StageProgress
 from gemma_export.graphs.tensors import InMemory, add_initializer
 
@@ -390,7 +391,7 @@ class Ending(screen.JsonLines):
         if isinstance(event, StageProgress):
             os.kill(os.getpid(), signal.NUMBER)
 
-pipeline._lower, cli.JsonLines = lower, Ending
+pipeline._lower, console.JsonLines = lower, Ending
 """
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 
+from gemma_export.disk import disk_errors
 from gemma_export.errors import CheckpointError, StorageError
 from gemma_export.graphs.storage import (
     ALIGNMENT,
@@ -19,7 +20,6 @@ from gemma_export.graphs.storage import (
     GRAPH_FILE,
     INLINE_BYTES,
     LeavesRangeError,
-    disk_errors,
     external_bytes,
     write_model,
 )

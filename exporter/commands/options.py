@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from gemma_export.exporter.request import CacheKind
+from gemma_export.exporter.request import CacheKind, ParityLevel
 from gemma_export.exporter.request import Observer as ObserverName
+from gemma_export.runtime.manifest import LogitsKind
 
 Size = Annotated[str | None, typer.Option(help="tiny, 2b or 7b; by default the checkpoint's.")]
 Checkpoint = Annotated[
@@ -35,6 +36,19 @@ NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Scales from the weights alone; read no text.")
 ]
 Cache = Annotated[CacheKind, typer.Option(help="As the precision has it, or 8 bits.")]
+MaxKl = Annotated[
+    float | None, typer.Option(help="Keep layers in 16 bits, so that the mean KL is at most this.")
+]
+MaxPerplexityIncrease = Annotated[float | None, typer.Option(help="Likewise for the perplexity, in percent.")]
+MaxLength = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together; by default the model's context.")
+]
+Logits = Annotated[LogitsKind, typer.Option(help="Of the last token, or of all (for perplexity).")]
+Parity = Annotated[ParityLevel, typer.Option(help="How much to measure against the checkpoint.")]
+AllowParityFailure = Annotated[
+    bool, typer.Option("--allow-parity-failure", help="Keep a bundle that is outside its budget.")
+]
+OutputBundle = Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the bundle.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing; with --json, the result.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that `build` wrote.")]
@@ -45,4 +59,5 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that m
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens that were used become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="A text to stop at; may be repeated.")]
+Text = Annotated[Path | None, typer.Option(help="Text to measure on; by default the project's own.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; by default one per core.")]

@@ -1,0 +1,130 @@
+"""The commands that let a bundle write."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from gemma_export.errors import PromptError
+from gemma_export.exporter.commands import options
+from gemma_export.exporter.commands.console import write_json
+from gemma_export.exporter.process import err, show_error
+
+
+def generate(
+    bundle: options.Bundle,
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens to write.")] = 128,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    repetition_penalty: options.Penalty = 1.0,
+    seed: options.Seed = None,
+    stop: options.Stop = None,
+    threads: options.Threads = None,
+    as_json: options.Json = False,
+) -> None:
+    """Continue a text."""
+    from gemma_export.runtime.session import load
+
+    text = _read_stdin() if prompt == "-" else prompt
+    generation = load(bundle, threads=threads).generate(
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    if as_json:
+        write_json(
+            {
+                "text": str(generation),
+                "tokens": list(generation.tokens),
+                "finish_reason": generation.finish_reason,
+                "stats": asdict(generation.stats),
+            }
+        )
+        return
+    _stream(generation)
+
+
+def chat(
+    bundle: options.Bundle,
+    max_new_tokens: Annotated[int, typer.Option(help="The most tokens of an answer.")] = 256,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    repetition_penalty: options.Penalty = 1.0,
+    seed: options.Seed = None,
+    threads: options.Threads = None,
+) -> None:
+    """Talk with a model; each turn reads only what is new."""
+    from gemma_export.errors import ContextFullError
+    from gemma_export.runtime.session import load
+
+    session = load(bundle, threads=threads)
+    conversation = session.chat()
+    err.print("[dim]/reset begins again, /exit or Ctrl-D ends.[/]", highlight=False)
+    while (text := _ask()) is not None:
+        if text == "/reset":
+            conversation = session.chat()
+            continue
+        if not text:
+            continue
+        try:
+            answer = conversation.say(
+                text,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                repetition_penalty=repetition_penalty,
+                seed=seed,
+            )
+            _stream(answer)
+        except (ContextFullError, PromptError) as error:
+            show_error(error)
+        except KeyboardInterrupt:
+            err.print("\n[dim]interrupted; the answer counts as far as it came[/]", highlight=False)
+
+
+def _stream(pieces: Any) -> None:
+    """Writes a generation as it comes, and what it took to a person who watches."""
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    if sys.stderr.isatty():
+        stats = pieces.stats
+        err.print(
+            f"[dim]{stats.prefill_tokens} tokens read in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
+            f"written at {stats.decode_tokens_per_second:.1f} a second ({pieces.finish_reason})[/]",
+            highlight=False,
+        )
+
+
+def _ask() -> str | None:
+    """One line from the person, or None when they are done."""
+    try:
+        line = input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+    except KeyboardInterrupt:
+        return None
+    return None if line in ("/exit", "/quit") else line
+
+
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise PromptError(
+            f"The prompt on standard input is not UTF-8: byte {error.start} cannot be decoded.",
+            "Convert it to UTF-8 first.",
+        ) from None
