@@ -71,6 +71,10 @@ class OnnxRuntimeBackend:
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
         options.log_severity_level = _FATAL
+        if graph is not None:
+            # Weights are converted where the graph does so, not as early as can be, and then given back.
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+            options.enable_cpu_mem_arena = False
         path = bundle.file(bundle.manifest.graph.file)
         if not has_integer_dot_product():
             options.add_session_config_entry(_NO_SATURATION, "1")

@@ -29,10 +29,9 @@ def emulate_half(model: ir.Model) -> int:
     for value in (*graph.inputs, *graph.outputs):
         if value.dtype in HALVES:
             value.dtype = ir.DataType.FLOAT
-    first = graph[0]
     for value in list(graph.initializers.values()):
         if value.dtype in HALVES:
-            _widen(graph, value, first)
+            _widen(graph, value)
     count = 0
     for node in list(graph):
         if node.op_type == "Cast":
@@ -58,17 +57,20 @@ def _dequantizes_activation(node: ir.Node) -> bool:
     return producer is not None and producer.op_type == "QuantizeLinear"
 
 
-def _widen(graph: ir.Graph, weight: ir.Value, first: ir.Node) -> None:
-    """Casts a stored weight or constant to fp32 for all that read it."""
-    users = [(use.node, use.idx) for use in weight.uses()]
-    cast = ir.node("Cast", [weight], attributes={"to": ir.DataType.FLOAT})
-    output = cast.outputs[0]
-    output.name, output.shape, output.dtype = f"{weight.name}.wide", weight.shape, ir.DataType.FLOAT
-    cast.name = f"{weight.name}.wide"
-    cast.metadata_props["exact"] = "1"
-    graph.insert_before(first, cast)
-    for node, index in users:
-        node.replace_input_with(index, output)
+def _widen(graph: ir.Graph, weight: ir.Value) -> None:
+    """Casts a stored weight or constant to fp32 for each that reads it, just before it does."""
+    for index, use in enumerate(list(weight.uses())):
+        cast = ir.node("Cast", [weight], attributes={"to": ir.DataType.FLOAT})
+        output = cast.outputs[0]
+        output.name, output.shape, output.dtype = (
+            f"{weight.name}.wide.{index}",
+            weight.shape,
+            ir.DataType.FLOAT,
+        )
+        cast.name = output.name
+        cast.metadata_props["exact"] = "1"
+        graph.insert_before(use.node, cast)
+        use.node.replace_input_with(use.idx, output)
 
 
 def _rounds(graph: ir.Graph, cast: ir.Node) -> int:
