@@ -43,14 +43,26 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: Ch
 
     Raises:
         BundleError: It is damaged, unsafe, of a newer format, or cannot be loaded.
-        MissingDependencyError: onnxruntime is not installed.
+        DeviceError: The device that it was built for is not here.
+        MissingDependencyError: onnxruntime is not installed, or a library that it needs.
         UsageError: `threads` is below 1.
     """
     bundle = open_bundle(path, check=verify)
-    # Imported here, so that what needs no graph (reading a manifest, a tokenizer) does not need it either.
+    return Session(bundle, _backend(bundle, threads))
+
+
+def _backend(bundle: Bundle, threads: int | None) -> Backend:
+    """What runs a bundle's target.
+
+    Imported only here: what needs no graph (reading a manifest, a tokenizer) does not need a runtime either.
+    """
+    if bundle.manifest.target == "cuda":
+        from gemma_export.runtime.onnxruntime_cuda import CudaBackend
+
+        return CudaBackend(bundle)
     from gemma_export.runtime.onnxruntime import OnnxRuntimeBackend
 
-    return Session(bundle, OnnxRuntimeBackend(bundle, threads))
+    return OnnxRuntimeBackend(bundle, threads)
 
 
 class Session:
