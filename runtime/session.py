@@ -44,7 +44,7 @@ def load(path: str | os.PathLike[str], *, threads: int | None = None, verify: Ch
     Raises:
         BundleError: It is damaged, unsafe, of a newer format, or cannot be loaded.
         DeviceError: The device that it was built for is not here.
-        MissingDependencyError: onnxruntime is not installed, or a library that it needs.
+        MissingDependencyError: onnxruntime or TensorRT is not installed, or a library that it needs.
         UsageError: `threads` is below 1.
     """
     bundle = open_bundle(path, check=verify)
@@ -60,6 +60,10 @@ def _backend(bundle: Bundle, threads: int | None) -> Backend:
         from gemma_export.runtime.onnxruntime_cuda import CudaBackend
 
         return CudaBackend(bundle)
+    if bundle.manifest.engines or bundle.manifest.target in ("rtx", "tensorrt"):
+        from gemma_export.runtime.tensorrt import TensorRTBackend
+
+        return TensorRTBackend(bundle)
     from gemma_export.runtime.onnxruntime import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(bundle, threads)

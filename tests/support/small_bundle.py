@@ -218,10 +218,10 @@ def manifest(shape: Shape) -> dict[str, Any]:
 def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
     """Writes `manifest.json` with the files as they are in the folder."""
     files = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != "manifest.json":
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "manifest.json":
             data = path.read_bytes()
-            files[path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            files[path.relative_to(folder).as_posix()] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     (folder / "manifest.json").write_text(json.dumps({**contents, "files": files}), encoding="utf-8")
 
 
