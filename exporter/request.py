@@ -5,238 +5,55 @@ read.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from gemma_export.calibration.text import FEWEST_TOKENS
 from gemma_export.errors import UsageError
+from gemma_export.exporter.calibration_request import OBSERVERS, CalibrationRequest, Observer
 from gemma_export.exporter.config import SIZES, GemmaConfig
-from gemma_export.graphs.formats import Form
+from gemma_export.exporter.engines.options import EngineOptions
+from gemma_export.exporter.engines.request import EngineRequest
+from gemma_export.exporter.schemes import (
+    PRECISIONS,
+    SCHEMES,
+    TARGETS,
+    CacheType,
+    FloatType,
+    Products,
+    Scheme,
+    StorageType,
+    scheme_for,
+)
 
-FloatType = Literal["float32", "float16", "bfloat16"]
-StorageType = Literal["float32", "float16", "bfloat16", "int8", "int4"]
-CacheType = Literal["float32", "float16", "bfloat16", "int8"]
+__all__ = [
+    "CACHE_KINDS",
+    "LOGITS",
+    "OBSERVERS",
+    "PARITY_LEVELS",
+    "PRECISIONS",
+    "SCHEMES",
+    "TARGETS",
+    "BuildRequest",
+    "CacheKind",
+    "CacheType",
+    "CalibrationRequest",
+    "EngineOptions",
+    "FloatType",
+    "Observer",
+    "ParityLevel",
+    "Products",
+    "Scheme",
+    "StorageType",
+    "scheme_for",
+]
+
 CacheKind = Literal["float", "int8"]
-Observer = Literal["absmax", "percentile", "entropy", "mse"]
 ParityLevel = Literal["none", "quick", "full"]
 
-OBSERVERS: tuple[Observer, ...] = get_args(Observer)
 CACHE_KINDS: tuple[CacheKind, ...] = get_args(CacheKind)
 PARITY_LEVELS: tuple[ParityLevel, ...] = ("none", "quick", "full")
 LOGITS = ("last", "all")
-
-
-@dataclass(frozen=True)
-class Products:
-    """How a quantized scheme computes its products.
-
-    Attributes:
-        form: The form of every linear layer that can take it.
-        bits: Of a weight.
-        blocks: Columns that may share a scale, the default first; (None,) for a scale per row.
-        table_block: Columns that share a scale in the embedding table, which always has 8 bits.
-        otherwise: The form of a layer whose activations lose too much when they are rounded.
-        otherwise_block: Columns that share a scale there.
-    """
-
-    form: Form
-    bits: Literal[4, 8]
-    blocks: tuple[int | None, ...]
-    table_block: int | None
-    otherwise: Form | None = None
-    otherwise_block: int | None = None
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a target keeps the promise that a precision makes.
-
-    Attributes:
-        name: As the manifest calls it.
-        storage: Format of the weights on disk.
-        compute: Format of the arithmetic, fp32 islands and integer products aside.
-        cache: Format of the KV cache.
-        products: How weights and products are quantized; None where they are not.
-    """
-
-    name: str
-    storage: StorageType
-    compute: FloatType
-    cache: CacheType
-    products: Products | None = None
-
-    @property
-    def floating_storage(self) -> FloatType:
-        """Format of the weights that are not quantized."""
-        return "float16" if self.storage == "int8" or self.storage == "int4" else self.storage
-
-
-# What TensorRT compiles. It takes 8 bits with a scale per row; blocks are for 4 bits.
-_FP16 = Scheme("fp16", "float16", "float16", "float16")
-_BF16 = Scheme("bf16", "bfloat16", "bfloat16", "bfloat16")
-_W8A16 = Scheme("w8a16", "int8", "float16", "float16", Products("w8", 8, (None,), None))
-_W8A8 = Scheme(
-    "w8a8", "int8", "float16", "float16", Products("w8a8-tensor", 8, (None,), None, otherwise="w8")
-)
-_W4A16 = Scheme("w4a16", "int4", "float16", "float16", Products("w4", 4, (128, 64, 32), None))
-
-SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
-    ("cpu", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),
-    # onnxruntime's CPU provider has no 16-bit products on x86: it would convert back and forth around each.
-    ("cpu", "fp16"): (Scheme("fp16-storage", "float16", "float32", "float32"),),
-    ("cpu", "bf16"): (Scheme("bf16-storage", "bfloat16", "float32", "float32"),),
-    # 256 columns is the largest block of onnxruntime's MatMulNBits: scales of a 64th of the codes.
-    ("cpu", "int8"): (
-        Scheme(
-            "w8a8-dynamic",
-            "int8",
-            "float32",
-            "float32",
-            Products("w8a8-token", 8, (None,), 256, otherwise="w8", otherwise_block=256),
-        ),
-        Scheme("w8a16", "int8", "float32", "float32", Products("w8", 8, (128, 32, 64, 256), 256)),
-    ),
-    ("cpu", "int4"): (Scheme("w4a16", "int4", "float32", "float32", Products("w4", 4, (128, 32, 64), 256)),),
-    ("onnx", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),
-    ("onnx", "fp16"): (_FP16,),
-    ("onnx", "bf16"): (_BF16,),
-    ("onnx", "int8"): (_W8A16, _W8A8),
-    ("onnx", "int4"): (_W4A16,),
-    # Its documentation lists no GPU for products of integers; they build, and have to be asked for.
-    ("rtx", "fp16"): (_FP16,),
-    ("rtx", "bf16"): (_BF16,),
-    ("rtx", "int8"): (_W8A16, _W8A8),
-    ("rtx", "int4"): (_W4A16,),
-    ("tensorrt", "fp16"): (_FP16,),
-    ("tensorrt", "bf16"): (_BF16,),
-    ("tensorrt", "int8"): (_W8A8, _W8A16),
-    ("tensorrt", "int4"): (_W4A16,),
-}
-"""Everything that can be built, by target and precision; of several schemes, the default first."""
-
-TARGETS = tuple(dict.fromkeys(target for target, _ in SCHEMES))
-PRECISIONS = tuple(dict.fromkeys(precision for _, precision in SCHEMES))
-
-
-def scheme_for(target: str, precision: str, name: str | None = None) -> Scheme:
-    """The scheme of a target and a precision.
-
-    Args:
-        target: A key of `SCHEMES`.
-        precision: Likewise.
-        name: Which, where there are several; None takes the default.
-
-    Raises:
-        UsageError: There is none; the hint names what there is.
-    """
-    if target not in TARGETS:
-        raise UsageError(
-            f"There is no target {target!r}.",
-            f"The targets are {' and '.join(TARGETS)}; --target onnx is the graph that other runtimes take.",
-        )
-    schemes = SCHEMES.get((target, precision))
-    if schemes is None:
-        possible = [p for t, p in SCHEMES if t == target]
-        raise UsageError(
-            f"The precision {precision!r} cannot be built for the target {target}.",
-            f"Choose one of {', '.join(possible)}; --precision {possible[-1]} is the smallest.",
-        )
-    if name is None:
-        return schemes[0]
-    for scheme in schemes:
-        if scheme.name == name:
-            return scheme
-    elsewhere = [
-        f"--target {t} --precision {p}" for (t, p), s in SCHEMES.items() if name in {x.name for x in s}
-    ]
-    hint = f"Choose {' or '.join(scheme.name for scheme in schemes)}, or leave --scheme out"
-    raise UsageError(
-        f"There is no scheme {name!r} of {precision} for the target {target}.",
-        f"{hint}{f'; {name} can be had with {elsewhere[0]}' if elsewhere else ''}.",
-    )
-
-
-@dataclass(frozen=True)
-class CalibrationRequest:
-    """What a calibration runs on.
-
-    Attributes:
-        data: A file with text; None lets the model write its own.
-        samples: The most sequences; None takes as many as do: 128 of a file, 32 of the model's own.
-        length: The most tokens of each; None takes 512 of a file, 64 of the model's own.
-        seed: Of what is chosen from the file, or of what the model writes; None takes 0.
-        observer: What sets the scale of activations that share one.
-    """
-
-    data: Path | None = None
-    samples: int | None = None
-    length: int | None = None
-    seed: int | None = None
-    observer: Observer = "mse"
-
-    def __post_init__(self) -> None:
-        if self.samples is not None and self.samples < 1:
-            raise UsageError(
-                f"--calibration-samples {self.samples} leaves nothing to calibrate on.", "Give at least 1."
-            )
-        if self.length is not None and self.length < 2:
-            raise UsageError(
-                f"--calibration-length {self.length} leaves no text behind the first token.",
-                "Give at least 2.",
-            )
-        if self.seed is not None and self.seed < 0:
-            raise UsageError(f"--calibration-seed {self.seed} is negative.", "Give 0 or more.")
-        if self.observer not in OBSERVERS:
-            raise UsageError(
-                f"--observer {self.observer} is not a choice.", f"Choose one of {', '.join(OBSERVERS)}."
-            )
-        most = self.most_samples * self.most_tokens
-        if most < FEWEST_TOKENS:
-            raise UsageError(
-                f"{self.most_samples} samples of {self.most_tokens} tokens are {most} at most; a calibration "
-                f"needs at least {FEWEST_TOKENS}.",
-                f"Give --calibration-samples {-(-FEWEST_TOKENS // self.most_tokens)} or more, or a greater "
-                "--calibration-length.",
-            )
-
-    @property
-    def most_samples(self) -> int:
-        """The most sequences."""
-        return self.samples or (128 if self.data is not None else 32)
-
-    @property
-    def most_tokens(self) -> int:
-        """The most tokens of a sequence, whatever the model."""
-        return self.length or (512 if self.data is not None else 64)
-
-    @property
-    def given(self) -> tuple[str, ...]:
-        """The options that were given, as they are typed."""
-        return tuple(_OPTIONS[f.name] for f in fields(self) if getattr(self, f.name) != f.default)
-
-    def tokens_for(self, config: GemmaConfig) -> int:
-        """The most tokens of a sequence for a model.
-
-        Raises:
-            UsageError: More were asked for than the model was trained for.
-        """
-        if self.length is not None and self.length > config.context_length:
-            raise UsageError(
-                f"--calibration-length {self.length} is more than {config.name} was trained for "
-                f"({config.context_length} tokens).",
-                f"Give at most {config.context_length}.",
-            )
-        return min(self.most_tokens, config.context_length)
-
-
-_OPTIONS = {
-    "data": "--calibration-data",
-    "samples": "--calibration-samples",
-    "length": "--calibration-length",
-    "seed": "--calibration-seed",
-    "observer": "--observer",
-}
 
 
 @dataclass(frozen=True)
@@ -250,7 +67,7 @@ class BuildRequest:
         random_weights: Build with seeded random weights instead.
         seed: Of the random weights.
         precision: `fp32`, `fp16`, `bf16`, `int8` or `int4`.
-        target: `cpu` or `onnx`.
+        target: What it is built for, a key of `SCHEMES` with the precision.
         scheme_name: How the precision is kept, where the target knows several ways; None takes the default.
         block: Columns of a weight that share a scale; None takes the scheme's default.
         calibration: What the scales are made on.
@@ -264,6 +81,7 @@ class BuildRequest:
         parity: How much the gate measures.
         allow_parity_failure: Keep a bundle that the gate refuses, and say so in its manifest.
         tokenizer: A SentencePiece model to use instead of the one beside the weights.
+        engines: How engines are built, for a target that has some.
         force: Replace an older bundle.
     """
 
@@ -276,7 +94,7 @@ class BuildRequest:
     target: str = "cpu"
     scheme_name: str | None = None
     block: int | None = None
-    calibration: CalibrationRequest = CalibrationRequest()
+    calibration: CalibrationRequest = field(default_factory=CalibrationRequest)
     scales: Path | None = None
     no_calibration: bool = False
     kv_cache: CacheKind = "float"
@@ -287,6 +105,7 @@ class BuildRequest:
     parity: ParityLevel = "quick"
     allow_parity_failure: bool = False
     tokenizer: Path | None = None
+    engines: EngineOptions = field(default_factory=EngineOptions)
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -328,6 +147,9 @@ class BuildRequest:
         _check_cache(self)
         _check_calibration(self)
         _check_budgets(self)
+        self.engines.check(self.target, self.precision)
+        if self.max_length is not None:
+            self.engines.check_chunk(self.max_length)
 
     @property
     def scheme(self) -> Scheme:
@@ -359,6 +181,16 @@ class BuildRequest:
                 f"Give at most {config.context_length}.",
             )
         return self.max_length
+
+    def engine_request(self, config: GemmaConfig) -> EngineRequest | None:
+        """The engines to build; None for a target that has none.
+
+        Raises:
+            UsageError: The cache or a prefill chunk is longer than what the model was trained for.
+        """
+        if self.target != "rtx" and self.target != "tensorrt":
+            return None
+        return self.engines.request(self.target, self.cache_slots(config))
 
     def output_folder(self, config: GemmaConfig) -> Path:
         """Where the bundle goes."""

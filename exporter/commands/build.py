@@ -21,6 +21,7 @@ from gemma_export.runtime.bundle import Manifest
     groups.cache,
     groups.layers_kept,
     groups.graph,
+    groups.engine_options,
     groups.gate,
     groups.output,
 )

@@ -18,7 +18,7 @@ WeightsSeed = Annotated[int | None, typer.Option(help="Of the random weights.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.model from elsewhere.")]
 Precision = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")]
 Quantized = Annotated[str, typer.Option("--precision", help="int8 or int4.")]
-Target = Annotated[str, typer.Option(help="cpu (onnxruntime) or onnx (standard operators).")]
+Target = Annotated[str, typer.Option(help="cpu, onnx (standard operators), rtx or tensorrt (engines).")]
 Scheme = Annotated[
     str | None, typer.Option(help="How int8 and int4 compute: w8a8-dynamic, w8a8, w8a16, w4a16.")
 ]
@@ -49,6 +49,16 @@ AllowParityFailure = Annotated[
     bool, typer.Option("--allow-parity-failure", help="Keep a bundle that is outside its budget.")
 ]
 OutputBundle = Annotated[Path | None, typer.Option("-o", "--output", help="Folder of the bundle.")]
+Sm = Annotated[
+    list[str] | None,
+    typer.Option("--sm", help="Compute capabilities of the GPUs, as in 89 or 86,89; may be repeated."),
+]
+MaxBatch = Annotated[int | None, typer.Option(help="The most rows that decode together.")]
+PrefillChunk = Annotated[int | None, typer.Option(help="The most tokens of a prompt that are run at once.")]
+DeviceName = Annotated[
+    str | None, typer.Option("--device", help="Where it must fit, as in orin-nano-8gb or rtx-4060.")
+]
+Memory = Annotated[str | None, typer.Option(help="Or how much memory the model may use, as in 8GiB.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace an older bundle.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing; with --json, the result.")]
 Bundle = Annotated[Path, typer.Argument(metavar="BUNDLE", help="The folder that `build` wrote.")]

@@ -10,6 +10,7 @@ from functools import wraps
 from typing import Any
 
 from gemma_export.exporter.commands import options
+from gemma_export.exporter.engines.options import EngineOptions, read_memory, read_sms
 from gemma_export.exporter.request import BuildRequest, CalibrationRequest
 
 Fields = dict[str, Any]
@@ -119,6 +120,17 @@ def gate(
 ) -> Fields:
     """What is measured, and what follows."""
     return {"parity": parity, "allow_parity_failure": allow_parity_failure}
+
+
+def engine_options(
+    sm: options.Sm = None,
+    max_batch: options.MaxBatch = None,
+    prefill_chunk: options.PrefillChunk = None,
+    device: options.DeviceName = None,
+    memory: options.Memory = None,
+) -> Fields:
+    """What engines must run, and where."""
+    return {"engines": EngineOptions(read_sms(sm), max_batch, prefill_chunk, device, read_memory(memory))}
 
 
 def output(output: options.OutputBundle = None, force: options.Force = False) -> Fields:

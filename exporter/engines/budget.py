@@ -1,0 +1,197 @@
+"""Whether a model fits a device's memory, before anything is built.
+
+    weights + cache + activations <= what the device has for them
+
+Weights and cache follow from the shape. Activations are estimated: TensorRT lets tensors whose lives do not
+overlap share memory, sizes each profile for its largest step, and an engine for its largest profile
+(https://nvidia.github.io/TensorRT-LLM/reference/memory.html). Counted are the tensors that live at once in
+the widest part of a step of T tokens in B rows, with S slots, in bytes of 2 where not said otherwise:
+
+    mask            B · T · S, for as long as the step takes
+    residual        B · T · d, in 2 and in 4 bytes
+    attention       B · T · (H + 2K) · h, and K and V repeated for every query head, 2 · H · S · h, in prefill
+    or the MLP      B · T · 3f: gate, up and their product
+    logits          V in 2 and in 4 bytes for each row, or for each token where all are asked for
+
+What an engine was really built with stands in its manifest, by profile, and `inspect` shows it.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from gemma_export.errors import UsageError
+from gemma_export.exporter.config import GemmaConfig
+from gemma_export.exporter.engines.devices import DEVICES, GIB, Device
+from gemma_export.exporter.engines.options import RTX_SMS
+from gemma_export.exporter.schemes import PRECISIONS, SCHEMES, Scheme
+
+_HALF, _FLOAT = 2, 4
+_STEP = 64
+"""A cache's length that is offered is a multiple of this."""
+_SHORTEST = 256
+"""And no less: a cache that holds no answer is no offer."""
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What will be in a device's memory.
+
+    Attributes:
+        config: The model.
+        target: What it is built for, a key of `SCHEMES` with `precision`.
+        precision: Likewise.
+        scheme: How the target keeps it.
+        block: Columns of a weight that share a scale, where the scheme has a choice; None takes its default.
+        slots: Of a row of the cache.
+        rows: The most that decode together.
+        chunk: The most tokens of a row that are run at once.
+        all_logits: Whether the logits of all tokens are computed.
+    """
+
+    config: GemmaConfig
+    target: str
+    precision: str
+    scheme: Scheme
+    slots: int
+    rows: int = 1
+    chunk: int = 512
+    block: int | None = None
+    all_logits: bool = False
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weights, with their scales, and of the rotary tables."""
+        rotary = self.slots * self.config.head_dim * _FLOAT
+        return rotary + sum(self._weight(name, shape) for name, shape in self.config.weight_shapes.items())
+
+    @property
+    def cache(self) -> int:
+        """Bytes of keys and values of all rows."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * self.slots * c.head_dim * self.rows * _HALF
+
+    @property
+    def activations(self) -> int:
+        """Bytes of everything between weights and logits, in a chunk of one row or a decode of all."""
+        return max(self._step(1, self.chunk), self._step(self.rows, 1))
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.cache + self.activations
+
+    def _weight(self, name: str, shape: tuple[int, ...]) -> int:
+        if len(shape) == 1:
+            return shape[0] * _HALF
+        rows, columns = shape
+        products = self.scheme.products
+        if products is None:
+            return rows * columns * _HALF
+        if products.bits == 8 or name == "embed_tokens.weight":
+            return rows * (columns + _FLOAT)
+        block = self.block or products.blocks[0] or columns
+        return rows * columns // 2 + rows * -(-columns // block) * _HALF
+
+    def _step(self, rows: int, tokens: int) -> int:
+        c = self.config
+        heads = (c.num_query_heads + 2 * c.num_kv_heads) * c.head_dim
+        repeated = 2 * c.num_query_heads * self.slots * c.head_dim if tokens > 1 else 0
+        attention = rows * tokens * heads * _HALF + repeated * _HALF
+        mlp = rows * tokens * 3 * c.intermediate_size * _HALF
+        steady = rows * tokens * (self.slots * _HALF + c.hidden_size * (_HALF + _FLOAT))
+        logits = rows * (tokens if self.all_logits else 1) * c.vocab_size * (_HALF + _FLOAT)
+        return steady + max(attention, mlp) + logits
+
+
+def check_memory(plan: MemoryPlan, device: Device | None, memory: int | None) -> None:
+    """Refuses what does not fit.
+
+    Args:
+        plan: What is to be built.
+        device: Where it is to run; None where that was not said.
+        memory: Bytes there are for it; None takes what the device leaves.
+
+    Raises:
+        UsageError: It does not fit; the hint names what would.
+    """
+    if memory is None and device is None:
+        return
+    available = memory if memory is not None else device.available if device is not None else 0
+    if plan.total <= available:
+        return
+    where = "--memory gives it" if memory is not None else f"{plan_device(device)} leaves it"
+    raise UsageError(
+        f"{plan.config.name} in {plan.precision} needs {gib(plan.total)}, and {where} {gib(available)}: "
+        f"weights {gib(plan.weights)}, a cache of {plan.slots:,} tokens"
+        f"{f' in {plan.rows} rows' if plan.rows > 1 else ''} {gib(plan.cache)}, activations about "
+        f"{gib(plan.activations)}.",
+        _hint(plan, available),
+    )
+
+
+def plan_device(device: Device | None) -> str:
+    """A device with what it has and what the system needs of it."""
+    if device is None:
+        return ""
+    return f"{device.name} ({gib(device.memory)}, {gib(device.reserved)} of them for the system)"
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB."""
+    return f"{count / GIB:.2f} GiB"
+
+
+def devices_for(total: int, sms: tuple[int, ...] = ()) -> tuple[Device, ...]:
+    """The devices of the table that so many bytes fit, of those compute capabilities where some are given."""
+    return tuple(d for d in DEVICES.values() if total <= d.available and (not sms or d.sm in sms))
+
+
+def _hint(plan: MemoryPlan, available: int) -> str:
+    ways = list(_ways(plan, available))
+    if ways:
+        return f"What would fit: {'; '.join(ways)}."
+    smallest = min((plan, *_smaller(plan)), key=lambda other: other.weights)
+    smallest = replace(smallest, slots=_SHORTEST, rows=1, chunk=min(plan.chunk, _SHORTEST))
+    fitting = devices_for(smallest.total, RTX_SMS if plan.target == "rtx" else ())
+    if not fitting:
+        return "Take a smaller --size."
+    return (
+        f"Nothing of {plan.config.name} fits there: --precision {smallest.precision} needs "
+        f"{gib(smallest.total)}, which {fitting[0].name} has."
+    )
+
+
+def _ways(plan: MemoryPlan, available: int) -> Iterator[str]:
+    """Options that would fit: one change each, then a smaller precision with a shorter cache."""
+    if plan.rows > 1 and (rows := _most_rows(plan, available)):
+        yield f"--max-batch {rows}"
+    if slots := _longest(plan, available):
+        yield f"--max-length {slots}"
+    for smaller in _smaller(plan):
+        if smaller.total <= available:
+            yield f"--precision {smaller.precision}"
+        elif slots := _longest(smaller, available):
+            yield f"--precision {smaller.precision} --max-length {slots}"
+
+
+def _most_rows(plan: MemoryPlan, available: int) -> int:
+    return next(
+        (rows for rows in range(plan.rows - 1, 0, -1) if replace(plan, rows=rows).total <= available), 0
+    )
+
+
+def _longest(plan: MemoryPlan, available: int) -> int:
+    """The longest cache that fits, in steps; 0 where none worth having does."""
+    for slots in range((plan.slots - 1) // _STEP * _STEP, _SHORTEST - 1, -_STEP):
+        if replace(plan, slots=slots, chunk=min(plan.chunk, slots)).total <= available:
+            return slots
+    return 0
+
+
+def _smaller(plan: MemoryPlan) -> Iterator[MemoryPlan]:
+    """The same in every precision of the target whose weights are smaller."""
+    for precision in PRECISIONS:
+        for scheme in SCHEMES.get((plan.target, precision), ())[:1]:
+            smaller = replace(plan, precision=precision, scheme=scheme, block=None)
+            if smaller.weights < 0.95 * plan.weights:
+                yield smaller
