@@ -1,6 +1,7 @@
 """The stages of a build, in order, and nothing else.
 
-    source → tokenizer and configurations → calibration → trace → passes → weights → audit → parity → manifest
+    source → tokenizer and configurations → calibration → trace → passes → weights → audit → engines → parity
+    → manifest
 
 Each hands the next a value; what fails, fails here with a sentence, and leaves nothing behind. What is quick
 to refuse comes before what takes long.
@@ -9,7 +10,6 @@ to refuse comes before what takes long.
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from time import perf_counter
 
@@ -26,7 +26,10 @@ from gemma_export.exporter.bundle import (
     new_bundle,
     write_manifest,
 )
+from gemma_export.exporter.engines.budget import MemoryPlan, check_memory
+from gemma_export.exporter.engines.request import EngineRequest, engine_files
 from gemma_export.exporter.genai import write_genai_config
+from gemma_export.exporter.manifest import make_manifest
 from gemma_export.exporter.parity.gate import ParityReport
 from gemma_export.exporter.parity.measure import audit_range, measure_parity
 from gemma_export.exporter.parity.page import write_report
@@ -34,27 +37,18 @@ from gemma_export.exporter.quantize.calibrate import QuantizationPlan, plan_quan
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, requested_source
 from gemma_export.exporter.tokenizer.files import TokenizerFacts, write_tokenizer
-from gemma_export.exporter.trace import OPSET, bind_weights, trace
+from gemma_export.exporter.trace import bind_weights, trace
 from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.quantize_cache import quantize_cache
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
-from gemma_export.runtime.bundle import (
-    ByteCounts,
-    CacheScales,
-    CheckpointInfo,
-    FileEntry,
-    GraphInfo,
+from gemma_export.runtime.manifest import (
+    EngineInfo,
     Manifest,
-    ModelInfo,
-    ParameterCounts,
     ParitySummary,
     QuantizationInfo,
     QuantizedTensor,
-    TensorSpec,
-    TokenIds,
 )
 from gemma_export.runtime.parity import BUDGETS, Budget
-from gemma_export.version import __version__
 
 CODES_FOLDER = ".codes"
 QUANTIZED_RANDOM = Budget(
@@ -67,8 +61,6 @@ QUANTIZED_RANDOM = Budget(
     "rounding weights without structure costs more than rounding a model's. A wrong graph is far outside.",
 )
 """What the gate allows quantized random weights, which are there to try a size."""
-NOT_RUN = ParitySummary("not run", "none", False, {})
-TOOLS = ("torch", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "sentencepiece", "safetensors", "numpy")
 
 
 @dataclass(frozen=True)
@@ -113,6 +105,7 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         slots = request.cache_slots(source.config)
         output = request.output_folder(source.config)
         check_replaceable(output, force=request.force)
+        engines = _plan_engines(request, source, slots)
         facts |= {
             "source": source.checkpoint.source,
             "form": source.checkpoint.form,
@@ -127,11 +120,25 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         codes = folder / CODES_FOLDER
         codes.mkdir()
         plan = plan_quantization(request, source, codes, listener)
-        graph, files = _write_graph(request, source, slots, plan, folder, listener)
+        copies = 1 if engines is None else 1 + engine_files(engines)
+        graph, files = _write_graph(request, source, slots, plan, folder, copies, listener)
         shutil.rmtree(codes)
         quantized = _audit(request, plan, folder, listener)
         cache_scales = plan.table.cache if plan is not None and request.kv_cache == "int8" else ()
-        manifest = _manifest(request, source, slots, graph, quantized, cache_scales, tokens, folder, files)
+        manifest = make_manifest(
+            request,
+            source,
+            slots,
+            graph.model,
+            graph.passes,
+            graph.kept,
+            quantized,
+            cache_scales,
+            tokens,
+            folder,
+            files,
+        )
+        manifest = replace(manifest, engines=_compile(engines, manifest, folder, listener))
         write_manifest(folder, manifest)
         report = _check_parity(request, source, folder, listener)
         if report is not None:
@@ -148,14 +155,18 @@ def _write_graph(
     slots: int,
     plan: QuantizationPlan | None,
     folder: Path,
+    copies: int,
     listener: events.Listener,
 ) -> tuple[_Graph, dict[str, StoredFile]]:
-    """Lowers the graph and streams its weights; once more for each weight that turns out to leave fp16."""
+    """Lowers the graph and streams its weights; once more for each weight that turns out to leave fp16.
+
+    The disk must have room for `copies` of them: engines have their own.
+    """
     keep = audit_range(request, source, listener)
     while True:
         graph = _lower(request, source, slots, plan, keep, listener)
         needed = external_bytes(graph.model)
-        check_room(folder, needed)
+        check_room(folder, needed * copies)
         try:
             with events.stage(listener, "weights", f"{needed / 1e9:.2f} GB") as facts:
                 files = write_model(
@@ -199,6 +210,45 @@ def _lower(
             passes["quantize_cache"] = quantize_cache(model, plan.table.cache)
         facts |= {"nodes": len(model.graph), "passes": passes}
     return _Graph(model, passes, tuple(sorted(keep)))
+
+
+def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRequest | None:
+    """The engines to build, after everything that could be said against them; None where there are none.
+
+    Raises:
+        UsageError: They would not fit where they are meant to run.
+        MissingDependencyError: What compiles them is not installed.
+    """
+    engines = request.engine_request(source.config)
+    if engines is None:
+        return None
+    plan = MemoryPlan(
+        config=source.config,
+        target=request.target,
+        precision=request.precision,
+        scheme=request.scheme,
+        slots=slots,
+        rows=engines.max_batch,
+        chunk=engines.prefill_chunk,
+        block=request.block,
+        all_logits=request.logits == "all",
+    )
+    check_memory(plan, request.engines.known_device, request.engines.memory)
+    return engines
+
+
+def _compile(
+    engines: EngineRequest | None, manifest: Manifest, folder: Path, listener: events.Listener
+) -> tuple[EngineInfo, ...]:
+    """Builds the engines and audits them; none where none were asked for."""
+    if engines is None:
+        return ()
+    # A build without engines does not load what compiles them.
+    from gemma_export.exporter.engines.build import build_engines
+
+    graph = folder / manifest.graph.file
+    layers, weights = manifest.model.num_layers, manifest.bytes.weights
+    return build_engines(graph, layers, weights, engines, folder, listener)
 
 
 def _write_configurations(source: Source, slots: int, folder: Path) -> TokenizerFacts:
@@ -288,95 +338,3 @@ def _summary(report: ParityReport, request: BuildRequest) -> ParitySummary:
         allowed_failure=report.verdict == "fail" and request.allow_parity_failure,
         figures=report.summary(),
     )
-
-
-def _manifest(
-    request: BuildRequest,
-    source: Source,
-    slots: int,
-    graph: _Graph,
-    quantized: QuantizationInfo | None,
-    cache_scales: tuple[CacheScales, ...],
-    tokens: TokenizerFacts,
-    folder: Path,
-    stored: dict[str, StoredFile],
-) -> Manifest:
-    config, scheme, model = source.config, request.scheme, graph.model
-    files = {name: FileEntry(file.size, file.sha256) for name, file in stored.items()}
-    cache = 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim
-    weights = sum(_bytes(value) for value in model.graph.initializers.values())
-    tables = sum(
-        _bytes(value) for name, value in model.graph.initializers.items() if name.startswith("rotary_")
-    )
-    return Manifest(
-        created_by=f"gemma-export {__version__}",
-        model=ModelInfo(
-            name=config.name,
-            size=source.size,
-            family="gemma",
-            vocab_size=config.vocab_size,
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            num_query_heads=config.num_query_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            intermediate_size=config.intermediate_size,
-            context_length=config.context_length,
-            rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
-            parameters=ParameterCounts(config.embedding_parameters, config.other_parameters),
-        ),
-        precision=request.precision,
-        scheme=scheme.name,
-        target=request.target,
-        storage_dtype=scheme.storage,
-        compute_dtype=scheme.compute,
-        cache_dtype=request.cache_dtype,
-        cache_scales=cache_scales,
-        quantization=quantized,
-        fp32_tensors=graph.kept,
-        graph=GraphInfo(
-            file=GRAPH_FILE,
-            opset=OPSET,
-            max_length=slots,
-            logits=request.logits,
-            batch="dynamic",
-            inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
-            outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
-            passes=graph.passes,
-        ),
-        tokens=TokenIds(tokens.bos, tokens.eos, tokens.pad, tokens.stop_ids),
-        bytes=ByteCounts(
-            weights=weights,
-            # Of the rotary tables a token reads a row; the embedding is counted once, for the head.
-            per_token=weights - tables,
-            cache_per_row=cache * getattr(torch, request.cache_dtype).itemsize,
-        ),
-        checkpoint=CheckpointInfo(
-            source.checkpoint.form, source.checkpoint.digest(), source.checkpoint.source
-        ),
-        parity=NOT_RUN,
-        tools=_tool_versions(),
-        files=describe_files(folder, files),
-    )
-
-
-def _bytes(value: ir.Value) -> int:
-    return 0 if value.const_value is None else value.const_value.nbytes
-
-
-def _tensor_spec(value: ir.Value) -> TensorSpec:
-    assert value.shape is not None
-    assert value.dtype is not None
-    shape = tuple(dim if isinstance(dim, int) else str(dim) for dim in value.shape)
-    return TensorSpec(str(value.name), value.dtype.numpy().name, shape)
-
-
-def _tool_versions() -> dict[str, str]:
-    versions = {}
-    for name in TOOLS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return versions

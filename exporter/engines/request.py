@@ -24,3 +24,8 @@ class EngineRequest:
     sms: tuple[int, ...] = ()
     max_batch: int = 1
     prefill_chunk: int = 512
+
+
+def engine_files(request: EngineRequest) -> int:
+    """How many engines there will be: SM 75 takes no part in an engine for others."""
+    return 2 if 75 in request.sms and len(request.sms) > 1 else 1
