@@ -59,6 +59,10 @@ class ParityError(GemmaExportError):
     """A bundle that does not say what its reference says, within its precision's budget."""
 
 
+class DeviceError(GemmaExportError):
+    """A device that is missing, too old, out of memory, or that failed."""
+
+
 class ContextFullError(GemmaExportError):
     """More tokens than the cache has slots; raised before any slot is overwritten."""
 
