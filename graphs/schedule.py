@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from gemma_export.errors import GraphError
-from gemma_export.graphs import spec
+from gemma_export.graphs import spec, spec_cuda
 from gemma_export.graphs.formats import Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
@@ -159,6 +159,25 @@ def cpu(formats: Formats) -> Schedule:
     return Schedule(steps, spec.cpu_quantized(formats.forms))
 
 
+def cuda(formats: Formats) -> Schedule:
+    """The canonical graph → what onnxruntime's CUDA provider runs best: that of a CPU, in 16 bits."""
+    half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
+    if formats.quantization is None:
+        return Schedule((*CPU, Step(half), Step(remove_dead_code)), spec_cuda.CUDA)
+    linears = formats.quantization.linears
+    floats = sum(form == "float" for form in formats.forms.values())
+    steps = (
+        *_scaled(formats.quantization),
+        Step(lower_group_query_attention, _once_a_layer),
+        Step(partial(quantize_linear, linears=linears)),
+        Step(partial(quantize_embedding, linears=linears)),
+        Step(lower_linear, lambda n: floats),
+        Step(half),
+        Step(remove_dead_code),
+    )
+    return Schedule(steps, spec_cuda.cuda_quantized(formats.forms))
+
+
 def tensorrt(formats: Formats) -> Schedule:
     """The canonical graph → standard operators in the spelling that TensorRT fuses.
 
@@ -181,6 +200,7 @@ def tensorrt(formats: Formats) -> Schedule:
 
 LOWERINGS: dict[str, Callable[[Formats], Schedule]] = {
     "cpu": cpu,
+    "cuda": cuda,
     "onnx": tensorrt,
     "rtx": tensorrt,
     "tensorrt": tensorrt,

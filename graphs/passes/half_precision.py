@@ -10,10 +10,10 @@ Each operator gets one format; values that cross between two are cast, once each
 
 A cache has the format of the contract: keys or values that leave it cannot be kept, and parity says so.
 
-An operator that only moves numbers has the format of what it moves. Weights of an operator in an island are
-still stored in 16 bits and cast where they are used, unless they themselves are named; gains and rotary
-tables feed islands only and stay fp32. The mask's minimum becomes the format's own: cast, fp32's minimum
-would turn into -inf.
+An operator that only moves numbers has the format of what it moves, and a cast the one it says. Weights of
+an operator in an island are still stored in 16 bits and cast where they are used, unless they themselves are
+named; gains and rotary tables feed islands only and stay fp32. The mask's minimum becomes the format's own:
+cast, fp32's minimum would turn into -inf.
 
 Codes are what they are; the numbers they stand for (DequantizeLinear) are 16 bits wide, unless everything
 that reads them is an island: no weight is made wide in memory by a cast.
@@ -24,11 +24,15 @@ from collections.abc import Collection, Iterator
 import onnx_ir as ir
 import torch
 
+from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.patterns import users
 from gemma_export.graphs.tensors import IR_DTYPES, TORCH_DTYPES, StreamedTensor, in_format, streamed
 
 ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add"})
 """Operators that are islands. Every Add of the canonical graph is one of the residual stream."""
+
+NEVER_FP32 = frozenset({"GroupQueryAttention"})
+"""Operators that no device computes in fp32."""
 
 MOVES = frozenset({"Gather", "Reshape", "Transpose", "Split", "Slice", "Unsqueeze"})
 """Operators that compute nothing."""
@@ -47,6 +51,9 @@ def half_precision(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = 
         dtype: float16 or bfloat16.
         keep: Names of values (as `name_values` gives them) whose operators stay in fp32, and of initializers
             that also are stored so.
+
+    Raises:
+        GraphError: An operator that has to stay in fp32 cannot.
     """
     graph, half = model.graph, IR_DTYPES[dtype]
     _store_weights(graph, dtype, keep)
@@ -56,13 +63,19 @@ def half_precision(model: ir.Model, dtype: torch.dtype, keep: Collection[str] = 
     count = 0
     for node in list(graph):
         rounds = node.op_type == "QuantizeLinear"
-        if node.op_type == "Constant" or not (rounds or _is_float(node.outputs[0])):
+        if node.op_type in ("Constant", "Cast") or not (rounds or _is_float(node.outputs[0])):
             continue
         if node.op_type in MOVES:
             assert node.inputs[0] is not None
             target = node.inputs[0].dtype
         else:
             target = ir.DataType.FLOAT if rounds or _is_island(node, keep) else half
+            if target != half and node.op_type in NEVER_FP32:
+                raise GraphError(
+                    f"{node.outputs[0].name} or what it reads leaves the range of fp16, and no device has a "
+                    f"{node.op_type} in fp32.",
+                    "Build it with --precision bf16, which has the range of fp32, or with --target onnx.",
+                )
             count += target == half
         assert target is not None
         for index, operand in enumerate(node.inputs):
@@ -116,7 +129,12 @@ class _Formats:
 def _store_weights(graph: ir.Graph, dtype: torch.dtype, keep: Collection[str]) -> None:
     for value in graph.initializers.values():
         tensor = streamed(value)
-        if tensor is not None and _is_float(value) and not _feeds_islands(value) and value.name not in keep:
+        if (
+            tensor is not None
+            and value.dtype == ir.DataType.FLOAT
+            and not _feeds_islands(value)
+            and value.name not in keep
+        ):
             value.const_value = StreamedTensor(in_format(tensor.source, dtype), name=value.name)
             value.dtype = IR_DTYPES[dtype]
 

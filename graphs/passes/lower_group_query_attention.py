@@ -110,6 +110,8 @@ def _counts(graph: ir.Graph) -> tuple[ir.Value, ir.Value]:
     last.outputs[0].name, total.outputs[0].name = "last_position", "total_length"
     for node in (total, longest, last, final, one, minus_one):
         graph.insert_before(graph[0], node)
+        wide = node in (final, minus_one)
+        node.outputs[0].dtype = ir.DataType.INT64 if wide else ir.DataType.INT32
     return last.outputs[0], total.outputs[0]
 
 
