@@ -98,6 +98,14 @@ class ReferenceRun:
             self.observe("logits", logits)
         return logits
 
+    @torch.inference_mode()
+    def observe_logits(self) -> None:
+        """Shows `observe` the logits of all positions, [n, part of V] at a time: the head is read once."""
+        assert self.observe is not None
+        rows = torch.cat(list(self.hidden))
+        for part in _head_blocks(rows, self.head):
+            self.observe("logits", _array(part))
+
     def blocks(self, positions: Positions | None = None) -> Iterator[tuple[int, range | list[int], Array]]:
         """Logits in blocks of at most `LOGITS_BLOCK` positions over all sequences together.
 
@@ -228,9 +236,17 @@ class Reference:
 def head_logits(hidden: Tensor, head: LazyTensor) -> Array:
     """Logits [n, V] of hidden states [n, d], reading the head in blocks of rows."""
     logits = torch.empty(len(hidden), head.shape[0])
-    for start, stop, rows in row_blocks(head):
-        logits[:, start:stop] = nn.functional.linear(hidden, rows.float())
+    start = 0
+    for part in _head_blocks(hidden, head):
+        logits[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
     return _array(logits)
+
+
+def _head_blocks(hidden: Tensor, head: LazyTensor) -> Iterator[Tensor]:
+    """The logits [n, rows] of hidden states [n, d], one block of the head's rows after the other."""
+    for _, _, rows in row_blocks(head):
+        yield nn.functional.linear(hidden, rows.float())
 
 
 def row_blocks(lazy: LazyTensor) -> Iterator[tuple[int, int, Tensor]]:

@@ -223,6 +223,20 @@ def test_embedding_rows_are_read_in_few_small_blocks(monkeypatch):
     np.testing.assert_array_equal(run.keys(0, 0), whole.keys(0, 0))
 
 
+def test_shows_every_logit_once(small, monkeypatch):
+    _, _, reference = small
+    monkeypatch.setattr("gemma_export.exporter.parity.reference.BLOCK_BYTES", 4096)
+    parts: list[np.ndarray] = []
+    run = reference.run(
+        SEQUENCES, observe=lambda name, x: parts.append(x.copy()) if name == "logits" else None
+    )
+    run.observe_logits()
+    assert len(parts) > 1
+    whole = np.concatenate([run.logits(i) for i in range(len(SEQUENCES))])
+    # A product of other shape may add in another order.
+    np.testing.assert_allclose(np.concatenate(parts[: -len(SEQUENCES)], axis=1), whole, atol=1e-5)
+
+
 def test_observes_every_activation_and_changes_none(small):
     shape, _, reference = small
     seen: dict[str, list[np.ndarray]] = {}
