@@ -13,6 +13,8 @@ VERSION = "1.7.1.116"
 Profile = tuple[str, tuple[int, int, int], tuple[int, int, int]]
 """Name; least, best and most rows; least, best and most tokens."""
 
+LAST = Shape(logits="last")
+
 PREFILL: Profile = ("prefill", (1, 1, 1), (1, 4, 8))
 DECODE: Profile = ("decode", (1, 1, 1), (1, 1, 1))
 
@@ -32,7 +34,7 @@ class FakeEngineFile:
     name: str = "model"
 
 
-def write_engine_bundle(folder: Path, shape: Shape = Shape(logits="last"), *engines: FakeEngineFile) -> Path:
+def write_engine_bundle(folder: Path, shape: Shape = LAST, *engines: FakeEngineFile) -> Path:
     """Writes the small bundle with engines of its graph."""
     write_bundle(folder, shape)
     for engine in engines or (FakeEngineFile(),):

@@ -61,7 +61,7 @@ class ILogger:
 
 
 class FakeTensorRT:
-    """The module: `tensorrt_rtx`, or with `rtx=False` a `tensorrt` that has no runtime cache and CUDA graphs."""
+    """The module: `tensorrt_rtx`; with `rtx=False` `tensorrt`, without a runtime cache and CUDA graphs."""
 
     ILogger = ILogger
     CudaGraphStrategy = CudaGraphStrategy
@@ -99,8 +99,8 @@ class FakeRuntime:
         return engine
 
     def _refuse(self, why: str) -> None:
-        self.logger.log(ILogger.Severity.ERROR, f"IRuntime::deserializeCudaEngine: {why}")
-        self.logger.log(ILogger.Severity.ERROR, "what follows from it")
+        for message in (f"IRuntime::deserializeCudaEngine: {why}", "what follows from it"):
+            self.logger.log(ILogger.Severity.ERROR, message)
 
 
 class FakeEngine:
@@ -302,5 +302,6 @@ class FakeContext:
         self.engine.session.run_with_iobinding(binding)
 
     def _refuse(self, why: str) -> bool:
-        self.engine.runtime.logger.log(ILogger.Severity.ERROR, f"IExecutionContext: {why}.")
+        message = f"IExecutionContext: {why}."
+        self.engine.runtime.logger.log(ILogger.Severity.ERROR, message)
         return False

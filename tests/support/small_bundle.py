@@ -221,7 +221,8 @@ def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path.name != "manifest.json":
             data = path.read_bytes()
-            files[path.relative_to(folder).as_posix()] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            digest = hashlib.sha256(data).hexdigest()
+            files[path.relative_to(folder).as_posix()] = {"size": len(data), "sha256": digest}
     (folder / "manifest.json").write_text(json.dumps({**contents, "files": files}), encoding="utf-8")
 
 
