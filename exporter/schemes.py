@@ -82,11 +82,6 @@ SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
         Scheme("w8a16", "int8", "float32", "float32", Products("w8", 8, (128, 32, 64, 256), 256)),
     ),
     ("cpu", "int4"): (Scheme("w4a16", "int4", "float32", "float32", Products("w4", 4, (128, 32, 64), 256)),),
-    # A GPU's kernels of MatMulNBits for many tokens know blocks of up to 128 columns.
-    ("cuda", "fp16"): (_FP16,),
-    ("cuda", "bf16"): (_BF16,),
-    ("cuda", "int8"): (Scheme("w8a16", "int8", "float16", "float16", Products("w8", 8, (128, 64, 32), 128)),),
-    ("cuda", "int4"): (Scheme("w4a16", "int4", "float16", "float16", Products("w4", 4, (128, 64, 32), 128)),),
     ("onnx", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),
     ("onnx", "fp16"): (_FP16,),
     ("onnx", "bf16"): (_BF16,),
@@ -101,6 +96,11 @@ SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
     ("tensorrt", "bf16"): (_BF16,),
     ("tensorrt", "int8"): (_W8A8, _W8A16),
     ("tensorrt", "int4"): (_W4A16,),
+    # A GPU's kernels of MatMulNBits for many tokens know blocks of up to 128 columns.
+    ("cuda", "fp16"): (_FP16,),
+    ("cuda", "bf16"): (_BF16,),
+    ("cuda", "int8"): (Scheme("w8a16", "int8", "float16", "float16", Products("w8", 8, (128, 64, 32), 128)),),
+    ("cuda", "int4"): (Scheme("w4a16", "int4", "float16", "float16", Products("w4", 4, (128, 64, 32), 128)),),
 }
 """Everything that can be built, by target and precision; of several schemes, the default first."""
 

@@ -18,7 +18,7 @@ WeightsSeed = Annotated[int | None, typer.Option(help="Of the random weights.")]
 Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.model from elsewhere.")]
 Precision = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")]
 Quantized = Annotated[str, typer.Option("--precision", help="int8 or int4.")]
-Target = Annotated[str, typer.Option(help="cpu, onnx (standard operators), rtx or tensorrt (engines).")]
+Target = Annotated[str, typer.Option(help="cpu, cuda, onnx (standard operators), rtx or tensorrt (engines).")]
 Scheme = Annotated[
     str | None, typer.Option(help="How int8 and int4 compute: w8a8-dynamic, w8a8, w8a16, w4a16.")
 ]
