@@ -11,6 +11,7 @@ from gemma_export.exporter.commands.build import build
 from gemma_export.exporter.commands.check import inspect, parity, verify
 from gemma_export.exporter.commands.quantize import calibrate, sensitivity
 from gemma_export.exporter.commands.run import chat, generate
+from gemma_export.exporter.commands.ship import pack, unpack
 from gemma_export.exporter.process import out, run
 from gemma_export.version import __version__
 
@@ -23,7 +24,7 @@ app = typer.Typer(
     help="Turn a Gemma checkpoint into a bundle that runs on a device, and prove that it says the same.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, calibrate, sensitivity, generate, chat, parity, inspect, verify):
+for command in (build, calibrate, sensitivity, generate, chat, parity, inspect, verify, pack, unpack):
     app.command()(command)
 
 

@@ -45,6 +45,11 @@ Event = StageStarted | StageProgress | StageFinished | Note
 Listener = Callable[[Event], None]
 
 
+def bytes_of(listener: Listener, stage: str) -> Callable[[int, int], None]:
+    """What tells a listener of bytes, done and in all, as a stage's progress."""
+    return lambda done, total: listener(StageProgress(stage, done, total, "bytes"))
+
+
 def ignore(event: Event) -> None:
     """A listener that does not listen."""
 

@@ -59,6 +59,7 @@ __all__ = [
     "Range",
     "TensorSpec",
     "TokenIds",
+    "check_listed",
     "hash_file",
     "open_bundle",
 ]
@@ -127,9 +128,7 @@ def open_bundle(path: str | os.PathLike[str], check: Check = "full") -> Bundle:
         )
     folder = folder.resolve()
     manifest = _read_manifest(folder)
-    for name in (manifest.graph.file, TOKENIZER_NAME):
-        if name not in manifest.files:
-            raise BundleError(f"{MANIFEST_NAME} lists no {name}, which a bundle needs.", _FETCH_AGAIN)
+    check_listed(manifest)
     # All sizes before the first hash: what is cheap to find is found at once.
     for name, entry in manifest.files.items():
         _check_size(folder, name, entry)
@@ -137,6 +136,22 @@ def open_bundle(path: str | os.PathLike[str], check: Check = "full") -> Bundle:
         if check == "full" or (check == "quick" and entry.size < LARGE_FILE):
             _check_hash(folder, name, entry)
     return Bundle(folder, manifest, _extra_files(folder, manifest))
+
+
+def check_listed(manifest: Manifest) -> None:
+    """Refuses a manifest that does not list what a bundle needs: a tokenizer, and a graph or engines.
+
+    Raises:
+        BundleError: It lists no such file, or a path that leaves the bundle's folder.
+    """
+    engines = [engine.file for engine in manifest.engines]
+    for name in (TOKENIZER_NAME, *(engines or [manifest.graph.file])):
+        if name not in manifest.files:
+            raise BundleError(f"{MANIFEST_NAME} lists no {name}, which a bundle needs.", _FETCH_AGAIN)
+    for name in manifest.files:
+        _check_name(name)
+        if any(str(folder) in manifest.files for folder in PurePosixPath(name).parents):
+            raise BundleError(f"{MANIFEST_NAME} lists {name!r} inside what it lists as a file.", _UNSAFE)
 
 
 def hash_file(path: Path) -> str:
@@ -169,17 +184,30 @@ def _read_manifest(folder: Path) -> Manifest:
         raise BundleError(f"{path} cannot be read: {error.strerror}.", "Check its permissions.") from error
 
 
-def _check_size(folder: Path, name: str, entry: FileEntry) -> None:
-    """Refuses a path that leaves the folder, passes a link, or is not a file of the stated size."""
+def _check_name(name: str) -> None:
+    """Refuses a path that leaves the folder."""
     parts = PurePosixPath(name).parts
     # "a//b", "./a" and "a/" are other spellings of a path that has one: equal to its parts or refused.
     # A backslash or a colon is harmless here and means a drive or a folder elsewhere.
-    plain = "/".join(parts) == name and not set(name) & set("\\:\0")
+    plain = "/".join(parts) == name and not set(name) & set("\\:\0") and _has_bytes(name)
     if not parts or not plain or ".." in parts or name.startswith("/") or name == MANIFEST_NAME:
         raise BundleError(f"{MANIFEST_NAME} lists {name!r}, which is no path inside the bundle.", _UNSAFE)
+
+
+def _has_bytes(name: str) -> bool:
+    """Whether a file system can spell a name; JSON can write halves of characters that are none."""
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _check_size(folder: Path, name: str, entry: FileEntry) -> None:
+    """Refuses a path that passes a link, or is not a file of the stated size."""
     path = folder
     try:
-        for part in parts:
+        for part in PurePosixPath(name).parts:
             path = path / part
             found = path.lstat()
             if stat.S_ISLNK(found.st_mode):
