@@ -134,12 +134,11 @@ def _columns(weight: Tensor, feedback: Tensor, form: WeightFormat, scales: Tenso
     step = form.block or STEP
     codes = torch.empty(weight.shape, dtype=torch.int8)
     errors = torch.empty_like(weight)  # w - q of every column done
-    whole = WeightFormat(form.bits, None, form.negative_scales)
     for index, start in enumerate(range(0, len(weight), step)):
         group = slice(start, min(start + step, len(weight)))
         moved = torch.addmm(weight[group], feedback[:start, group].T, errors[:start])
         if form.block is not None:
-            scales[:, index] = scales_for(moved.T.contiguous(), whole, "mse")[:, 0]
+            scales[:, index] = scales_for(moved.T.contiguous(), form, "mse")[:, 0]
         scale = scales[:, index if form.block else 0].contiguous()
         rounded = _group(moved, feedback[group, group].T.contiguous(), scale, form, codes[group])
         torch.sub(weight[group], rounded, out=errors[group])

@@ -21,7 +21,7 @@ from gemma_export.calibration.scales import LinearScales, Method
 from gemma_export.calibration.smoothing import Smoothing, Vectors, search
 from gemma_export.calibration.statistics import InputStatistics
 from gemma_export.graphs.quantization import decode
-from gemma_export.graphs.tensors import RowSource, not_finite
+from gemma_export.graphs.tensors import RowSource, ScaleRows, not_finite
 
 MOST_ROWS = 1024
 MOST_VALUES = 2**22
@@ -58,7 +58,8 @@ class Decision:
     Attributes:
         scales: What the table says of it.
         smoothing: s, what its input is divided by, fp32 [K]; None for nothing.
-        stored: Codes int8 [N, K] and scales fp32 [N, G] of W · s, where they were chosen one by one.
+        stored: Codes int8 [N, K] and scales fp32 [N, G] of W · s, its last rows divided where they are to be,
+            where they were chosen one by one.
     """
 
     scales: LinearScales
@@ -73,14 +74,25 @@ class Layer:
         weight: W [N, K].
         inputs: What it reads.
         smoothable: Whether what makes x can be divided by a vector.
+        divisors: What the last rows of W are divided by when they are stored, as the outputs that they make
+            are smoothed: fp32 [.. <= N]. What reads these outputs multiplies with it again, so errors are
+            those without it.
 
     Raises:
         CalibrationError: There were no tokens.
         CheckpointError: The weight holds NaN or infinity.
     """
 
-    def __init__(self, weight: RowSource, inputs: InputStatistics, *, smoothable: bool = False) -> None:
+    def __init__(
+        self,
+        weight: RowSource,
+        inputs: InputStatistics,
+        *,
+        smoothable: bool = False,
+        divisors: Tensor | None = None,
+    ) -> None:
         self.weight, self.inputs = weight, inputs
+        self.stored = weight if divisors is None else _divided(weight, divisors)
         self.x = inputs.sample
         self.rows = _spread_rows(weight)
         self.target = Target(self.x, self.rows)
@@ -199,10 +211,15 @@ def _decide_codes(layer: Layer, arithmetic: Arithmetic) -> Decision:
         return Decision(scales, vector)
     codes = torch.empty(layer.weight.shape, dtype=torch.int8)
     groups = torch.empty(len(codes), form.groups(codes.shape[1]))
-    for start, stop, block in _blocks(layer.weight):
+    for start, stop, block in _blocks(layer.stored):
         block = block if vector is None else block * vector
         codes[start:stop], groups[start:stop] = gptq(block, feedback, form)
     return Decision(scales, vector, (codes, groups))
+
+
+def _divided(weight: RowSource, divisors: Tensor) -> RowSource:
+    """A weight [N, K] with its last rows divided."""
+    return ScaleRows(weight, torch.cat((torch.ones(weight.shape[0] - len(divisors)), 1 / divisors)))
 
 
 def _spread_rows(weight: RowSource) -> Tensor:

@@ -22,6 +22,7 @@ from gemma_export.graphs.formats import TABLE, Form
 from gemma_export.graphs.quantization import LinearQuantization
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE})
+SHORT_FLOATS = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 CODES = {ir.DataType.INT4: 4, ir.DataType.UINT4: 4, ir.DataType.INT8: 8, ir.DataType.UINT8: 8}
 """Bits of the formats of codes. MatMulNBits packs two codes of 4 bits into a uint8, and says so itself."""
 
@@ -102,7 +103,8 @@ def audit(
     if target == "cpu":
         quantized = {name: how for name, how in linears.items() if how.form != "float"}
         as_run = optimized(graph, linears.keys() - quantized.keys())
-        found |= _audit(as_run.graph, quantized, target, "onnxruntime runs")
+        for name, tensor in _audit(as_run.graph, quantized, target, "onnxruntime runs").items():
+            found[name] = replace(tensor, bytes=found[name].bytes)
     return tuple(replace(found[name], error=errors.get(name)) for name in linears)
 
 
@@ -111,8 +113,8 @@ def optimized(graph: Path, release: Collection[str] = ()) -> ir.Model:
 
     Args:
         graph: The graph's file, beside its weights.
-        release: Layers whose weights become inputs of the graph: onnxruntime widens weights that are stored
-            in 16 bits, and would write down the result.
+        release: Layers whose weights become inputs of the graph. So does whatever is stored in 16 bits:
+            onnxruntime makes numbers of 32 bits of it, and would write down the result.
 
     Raises:
         GraphError: onnxruntime cannot load it, or makes too much of it to be written.
@@ -127,7 +129,7 @@ def optimized(graph: Path, release: Collection[str] = ()) -> ir.Model:
         ) from error
     model = ir.load(graph)
     for value in [*model.graph.initializers.values()]:
-        if _owner(value, release) is not None:
+        if value.dtype in SHORT_FLOATS or _owner(value, release) is not None:
             model.graph.initializers.pop(str(value.name))
             value.const_value = None
             model.graph.inputs.append(value)

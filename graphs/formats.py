@@ -38,6 +38,14 @@ class WeightFormat:
     negative_scales: bool = False
 
     @property
+    def short_scales(self) -> bool:
+        """Whether scales have 8 binary digits, those of bfloat16, and so can be stored in 16 bits.
+
+        Those of blocks do: with 24 digits they would be more than a hundredth of 8-bit codes.
+        """
+        return self.block is not None
+
+    @property
     def lowest(self) -> int:
         """The lowest code."""
         return -(1 << (self.bits - 1))

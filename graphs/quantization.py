@@ -4,6 +4,9 @@ A weight W [N, K] becomes codes (int8 [N, K], whatever their width) and scales (
 W ≈ codes · scales, each scale standing for `block` consecutive columns of its row. Zero is the code 0
 everywhere, so there is no zero point.
 
+Scales of blocks are rounded to the digits of bfloat16 before any code is chosen: what is stored in 16 bits is
+then what the codes were made for. bfloat16 has the range of fp32; fp16 holds the same numbers from 2⁻¹⁷ on.
+
 Symbols in shape comments: R rows of a block that is read, N rows in all, K columns, G = K / block groups.
 """
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from gemma_export.graphs.formats import Form, Rounding, WeightFormat
 from gemma_export.graphs.tensors import RowSource
 
-SMALLEST_SCALE = 1e-30
+SMALLEST_SCALE = 2.0**-100
 """Of a group of zeros or subnormals: its codes are 0, and the quotient stays finite."""
 
 
@@ -29,7 +32,8 @@ class LinearQuantization:
         format: Of the weight; None where it stays a 16-bit number.
         rounding: How scales are chosen where they are not stored.
         activation_scale: Scale of x in the form `w8a8-tensor`: x ≈ codes · scale.
-        stored: Codes int8 [N, K] and scales fp32 [N, G] where calibration has chosen every code (GPTQ).
+        stored: Codes int8 [N, K] and scales fp32 [N, G] where calibration has chosen every code (GPTQ); the
+            scales have no more digits than the format lets them.
     """
 
     form: Form
@@ -58,10 +62,15 @@ def _grouped(rows: Tensor, form: WeightFormat) -> Tensor:
     return rows.reshape(rows.shape[0], form.groups(rows.shape[1]), -1)
 
 
+def shortened(scales: Tensor, form: WeightFormat) -> Tensor:
+    """Scales fp32 with as many digits as the format stores, rounded to nearest even: fp32."""
+    return scales.bfloat16().float() if form.short_scales else scales
+
+
 def nearest_scales(rows: Tensor, form: WeightFormat) -> Tensor:
-    """Scales fp32 [R, G] of rows [R, K] with which nothing is clipped."""
+    """Scales fp32 [R, G] of rows [R, K] with which nothing is clipped by more than rounding changes it."""
     largest = _grouped(rows.float(), form).abs().amax(-1)
-    return (largest / form.highest).clamp_min(SMALLEST_SCALE)
+    return shortened((largest / form.highest).clamp_min(SMALLEST_SCALE), form)
 
 
 def mse_scales(rows: Tensor, form: WeightFormat, steps: int = 16, narrowest: float = 0.7) -> Tensor:
@@ -73,20 +82,23 @@ def mse_scales(rows: Tensor, form: WeightFormat, steps: int = 16, narrowest: flo
     """
     groups = _grouped(rows.detach().float(), form)  # [R, G, b]
     end = _ends(groups, form)
-    # Every group is brought to [-1, 1], the largest value at -1 where the sign may be chosen: the steps that
-    # are tried are then the same numbers for all, and a squared error cannot overflow.
-    unit = groups / torch.where(end.abs() < SMALLEST_SCALE, 1.0, end)[..., None]
+    nothing = end.abs() < SMALLEST_SCALE
+    end = torch.where(nothing, 1.0, end)
+    # Every group is brought to [-1, 1], the largest value at -1 where the sign may be chosen: a squared error
+    # cannot overflow.
+    unit = groups / end[..., None]
     rounded = torch.empty_like(unit)
-    best = torch.full_like(end, form.highest)
+    best = shortened(end / form.highest, form)
     best_error = torch.full_like(end, torch.inf)
     for codes in _tried(form, steps, narrowest):
-        torch.mul(unit, codes, out=rounded).round_().clamp_(form.lowest, form.highest)
-        torch.sub(unit, rounded, alpha=1 / codes, out=rounded)
+        scales = shortened(end / codes, form)
+        step = (scales / end)[..., None]
+        torch.div(unit, step, out=rounded).round_().clamp_(form.lowest, form.highest)
+        torch.addcmul(unit, rounded, step, value=-1, out=rounded)
         error = torch.linalg.vector_norm(rounded, dim=-1)
-        best.masked_fill_(error < best_error, codes)
+        torch.where(error < best_error, scales, best, out=best)
         torch.minimum(best_error, error, out=best_error)
-    scales = end / best
-    return torch.where(scales.abs() < SMALLEST_SCALE, SMALLEST_SCALE, scales)
+    return torch.where(nothing | (best.abs() < SMALLEST_SCALE), SMALLEST_SCALE, best)
 
 
 def _ends(groups: Tensor, form: WeightFormat) -> Tensor:

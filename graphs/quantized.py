@@ -38,7 +38,7 @@ class QuantizedWeight:
     Attributes:
         format: Of the codes.
         codes: int8 [N, K], whatever their width.
-        scales: fp32 [N, G].
+        scales: fp32 [N, G]; those of blocks have the digits of bfloat16.
     """
 
     format: WeightFormat
@@ -270,6 +270,39 @@ class TransposedCodes:
 
         in_slices(fill, 0, self.shape[1], max(1, SLICE_VALUES // self.shape[0]))
         return held
+
+
+@dataclass(frozen=True)
+class BlockScales:
+    """The scales of a weight that has one per block: bfloat16 [N, G], which holds all of their digits."""
+
+    weight: QuantizedWeight
+    dtype: torch.dtype = torch.bfloat16
+
+    @property
+    def name(self) -> str:
+        """The weight's name."""
+        return self.weight.scales.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """N, G."""
+        return self.weight.scales.shape
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows [start, stop).
+
+        Raises:
+            GraphError: They come from a file, and have digits that would be lost.
+        """
+        scales = self.weight.scales.read(start, stop)
+        short = scales.bfloat16()
+        if not torch.equal(short.float(), scales):
+            raise GraphError(
+                f"The stored scales of {self.name} have more digits than 16 bits hold.",
+                "They were made by another release: calibrate again.",
+            )
+        return short
 
 
 @dataclass(frozen=True)

@@ -194,10 +194,10 @@ def quantized_table_is_stored_once(model: ir.Model) -> str | None:
         if node.op_type == "Gather" and node.inputs[0] is not None and streamed(node.inputs[0]) is not None
     }
     stored = {table.dtype for table in lookups}
-    if stored != {ir.DataType.UINT8, ir.DataType.FLOAT}:
+    if stored != {ir.DataType.UINT8, ir.DataType.BFLOAT16}:
         return embedding_is_stored_once(model)
     for table in lookups:
-        readers = Counter(use.node.op_type for use in table.uses())
+        readers = Counter(_reader(use.node) for use in table.uses())
         if readers != {"Gather": 1, "MatMulNBits": 1}:
             return f"{table.name} is read by {dict(readers)}"
     codes = next(table for table in lookups if table.dtype == ir.DataType.UINT8)
@@ -245,7 +245,7 @@ def no_weight_is_stored_twice(model: ir.Model) -> str | None:
 
 
 def codes_are_read_as_codes(model: ir.Model) -> str | None:
-    """Every product over integers reads stored codes, and its scales are numbers of 32 bits."""
+    """Every product over integers reads stored codes; scales of blocks are stored in 16 bits, and cast."""
     for node in model.graph:
         if node.op_type not in ("MatMulInteger", "MatMulNBits"):
             continue
@@ -253,9 +253,19 @@ def codes_are_read_as_codes(model: ir.Model) -> str | None:
         wanted = ir.DataType.INT8 if node.op_type == "MatMulInteger" else ir.DataType.UINT8
         if codes is None or streamed(codes) is None or codes.dtype != wanted:
             return f"{node.name} reads no stored codes"
-        if node.op_type == "MatMulNBits" and (scales is None or scales.dtype != ir.DataType.FLOAT):
-            return f"{node.name} has no scales in fp32"
+        if node.op_type == "MatMulNBits" and not _are_short(scales, node.inputs[0]):
+            return (
+                f"{node.name} has no scales that are stored in bfloat16 and have the format of what it reads"
+            )
     return None
+
+
+def _are_short(scales: ir.Value | None, x: ir.Value | None) -> bool:
+    """Whether scales are stored in bfloat16, and made numbers of the format of x."""
+    stored = _stored(scales)
+    assert scales is not None
+    assert x is not None
+    return streamed(stored) is not None and stored.dtype == ir.DataType.BFLOAT16 and scales.dtype == x.dtype
 
 
 def forms_are_those_chosen(forms: Mapping[str, Form]) -> Rule:

@@ -250,27 +250,21 @@ class _Collector:
             merged = MERGED[kind]
             parts = tuple(self._source.weights[f"{prefix}.{part}.weight"] for part in merged.parts)
             layer = Layer(
-                ConcatRows(parts), self._inputs.pop(activation), smoothable=merged.reads is not None
+                ConcatRows(parts),
+                self._inputs.pop(activation),
+                smoothable=merged.reads is not None,
+                divisors=self.smoothing.get(f"{prefix}.{merged.smoothed}"),
             )
             decision = decide(layer, self._ways[kind])
             if decision.smoothing is not None:
                 self.smoothing[f"{prefix}.{merged.reads}"] = decision.smoothing
-            self._store(f"{prefix}.{kind}", decision, self.smoothing.get(f"{prefix}.{merged.smoothed}"))
+            self.linears[f"{prefix}.{kind}"] = decision.scales
+            if decision.stored is not None:
+                self._codes.add(f"{prefix}.{kind}", *decision.stored)
         self.cache.append(
             CacheScales(tuple(self._keys.scale().tolist()), tuple(self._values.scale().tolist()))
         )
         self._begin_layer()
-
-    def _store(self, name: str, decision: Decision, smoothed: Tensor | None) -> None:
-        """Keeps a decision; `smoothed` is what the last rows of the weight will be divided by."""
-        self.linears[name] = decision.scales
-        if decision.stored is None:
-            return
-        codes, scales = decision.stored
-        if smoothed is not None:
-            # A row that is divided by a number has the same codes, and its scales divided by that number.
-            scales[-len(smoothed) :] /= smoothed[:, None]
-        self._codes.add(name, codes, scales)
 
     def table(self) -> Decision:
         """Decides on the embedding table, which the head reads; nothing before it can be smoothed."""

@@ -181,11 +181,12 @@ def activation_rounding(linear: LinearQuantization, target: str) -> Rounder:
 
 
 def stored_bytes(linear: LinearQuantization, rows: int, columns: int) -> int:
-    """Bytes of a weight [rows, columns] as it is stored: codes and fp32 scales, or 16-bit numbers."""
+    """Bytes of a weight [rows, columns] as it is stored: codes and their scales, or 16-bit numbers."""
     if linear.form == "float":
         return 2 * rows * columns
     assert linear.format is not None
-    return rows * (columns * linear.format.bits // 8 + 4 * linear.format.groups(columns))
+    scale = 2 if linear.format.short_scales else 4
+    return rows * (columns * linear.format.bits // 8 + scale * linear.format.groups(columns))
 
 
 def merged_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:

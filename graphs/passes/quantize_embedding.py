@@ -1,9 +1,9 @@
 """For onnxruntime: the embedding table is stored once, in 8 bits, for the lookup and for the head.
 
     Gather(E, ids)             →  rows  = Gather(packed codes [V, G, b], ids)      uint8 [B, T, G, b]
-                                  steps = Unsqueeze(Gather(scales [V, G], ids))    [B, T, G, 1]
-                                  Reshape((Cast(rows) - 128) · steps)              [B, T, d]
-    MatMul(x, Transpose(E))    →  MatMulNBits(x, packed codes, scales)
+                                  steps = Unsqueeze(Gather(scales [V, G], ids))    bfloat16 [B, T, G, 1]
+                                  Reshape((Cast(rows) - 128) · Cast(steps))        fp32 [B, T, d]
+    MatMul(x, Transpose(E))    →  MatMulNBits(x, packed codes, Cast(scales))
 
 The layout is the one of MatMulNBits, whose rows are whole: only those that are looked up become numbers. The
 factor sqrt(d) that follows the lookup stays an operator of its own: in the table, it would also multiply the
@@ -65,8 +65,7 @@ def quantize_embedding(model: ir.Model, linears: Mapping[str, LinearQuantization
         _look_up(graph, lookup, stored)
         x = head.product.inputs[0]
         assert x is not None
-        product = stored.product(x)
-        graph.insert_before(head.product, product)
+        product = stored.insert_product(graph, head.product, x)
         take_place(graph, head.product, product)
         count += 1
     if count:
@@ -103,13 +102,14 @@ def _look_up(graph: ir.Graph, lookup: ir.Node, table: StoredBlocks) -> None:
         value.name, value.shape, value.dtype = node.name, ir.Shape([*tokens, *sizes]), dtype
         return value
 
-    uint8, fp32 = ir.DataType.UINT8, ir.DataType.FLOAT
+    uint8, short, fp32 = ir.DataType.UINT8, ir.DataType.BFLOAT16, ir.DataType.FLOAT
     zero = add_constant(graph, "zero_of_codes", 128.0)
     last_axis = add_constant(graph, "last_axis", [-1], ir.DataType.INT64)
     flat = add_constant(graph, "shape_of_rows", [0, 0, groups * block], ir.DataType.INT64)
     rows = insert("Gather", table.codes, ids, called="codes_of_rows", sizes=[groups, block], dtype=uint8)
-    steps = insert("Gather", table.scales, ids, called="scales_of_rows", sizes=[groups], dtype=fp32)
-    steps = insert("Unsqueeze", steps, last_axis, called="steps", sizes=[groups, 1], dtype=fp32)
+    steps = insert("Gather", table.scales, ids, called="scales_of_rows", sizes=[groups], dtype=short)
+    steps = insert("Unsqueeze", steps, last_axis, called="short_steps", sizes=[groups, 1], dtype=short)
+    steps = insert("Cast", steps, called="steps", sizes=[groups, 1], dtype=fp32, to=ir.DataType.FLOAT)
     numbers = insert("Cast", rows, called="numbers", sizes=[groups, block], dtype=fp32, to=ir.DataType.FLOAT)
     signed = insert("Sub", numbers, zero, called="signed", sizes=[groups, block], dtype=fp32)
     blocks = insert("Mul", signed, steps, called="blocks", sizes=[groups, block], dtype=fp32)

@@ -1,8 +1,9 @@
 """For onnxruntime: a product with a stored weight becomes one over codes of 8 or 4 bits.
 
-    w8, w4       MatMul(x, Transpose(W))  →  MatMulNBits(x, packed codes [N, G, b · bits / 8], scales [N, G])
+    w8, w4       MatMul(x, Transpose(W))  →  MatMulNBits(x, packed codes [N, G, b · bits / 8],
+                                                         Cast(scales [N, G], fp32))
 
-    w8a8-token   MatMul(x, Transpose(W))  →  step  = max(ReduceMax(|x|) / 127, 1e-30)     one per token
+    w8a8-token   MatMul(x, Transpose(W))  →  step  = max(ReduceMax(|x|) / 127, 2⁻¹⁰⁰)     one per token
                                              codes = QuantizeLinear(x / step, 1, 128)     uint8
                                              Cast(MatMulInteger(codes, Wᵀ [K, N], 128)) · step · row scales
 
@@ -12,7 +13,8 @@ A layer of the form `float` is left for `lower_linear`; the embedding table, whi
 MatMulInteger has no transposed operand: its codes are written [K, N]. This is the spelling of the products
 and roundings that onnxruntime computes fastest, and what `quantization.round_per_token` does in fp32.
 MatMulNBits rounds x to 8 bits as well, per block of columns: that is what its accuracy level 4 means, and at
-any other it is tens of times slower.
+any other it is tens of times slower. The scales of blocks are stored in bfloat16, whose digits are all that
+they have.
 
 Illegal, and an error, when:
   (1) nothing says how a layer is quantized, or something is said of a layer that the graph does not have;
@@ -82,9 +84,7 @@ def quantize_linear(model: ir.Model, linears: Mapping[str, LinearQuantization]) 
 def _product_of_blocks(graph: ir.Graph, name: str, linear: Linear, how: LinearQuantization) -> ir.Node:
     x = linear.product.inputs[0]
     assert x is not None
-    node = add_blocks(graph, name, linear.tensor.source, how).product(x)
-    graph.insert_before(linear.product, node)
-    return node
+    return add_blocks(graph, name, linear.tensor.source, how).insert_product(graph, linear.product, x)
 
 
 def _product_of_rounded_tokens(

@@ -12,7 +12,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.passes.patterns import stand_in
 from gemma_export.graphs.quantization import LinearQuantization
-from gemma_export.graphs.quantized import PackedBlocks, QuantizedWeight, quantized
+from gemma_export.graphs.quantized import BlockScales, PackedBlocks, QuantizedWeight, quantized
 from gemma_export.graphs.spec import MICROSOFT
 from gemma_export.graphs.tensors import RowSource, add_initializer, streamed
 
@@ -55,19 +55,28 @@ def chosen(linears: Mapping[str, LinearQuantization], name: str) -> LinearQuanti
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """A weight in blocks as initializers: codes uint8 [N, G, b · bits / 8] and scales fp32 [N, G]."""
+    """A weight in blocks as initializers: codes uint8 [N, G, b · bits / 8] and scales bfloat16 [N, G]."""
 
     weight: QuantizedWeight
     codes: ir.Value
     scales: ir.Value
 
-    def product(self, x: ir.Value) -> ir.Node:
-        """The product of x [.., K] with the transpose of the weight: [.., N]."""
+    def insert_product(self, graph: ir.Graph, before: ir.Node, x: ir.Value) -> ir.Node:
+        """Puts the product of x [.., K] with the transpose of the weight before a node: [.., N].
+
+        Scales are fp32 there. onnxruntime makes them so once for all, when it loads the graph, and has to:
+        1.31 packs codes without scales that are no constants, and all products are then zeros. So this graph
+        is not for a session that has constant folding disabled.
+        """
         rows, columns = self.weight.codes.shape
         assert self.weight.format.block is not None
-        return ir.node(
+        wide = ir.node("Cast", [self.scales], attributes={"to": ir.DataType.FLOAT})
+        scales = wide.outputs[0]
+        scales.name, scales.shape = f"{self.scales.name}.fp32", self.scales.shape
+        scales.dtype, wide.name = ir.DataType.FLOAT, scales.name
+        product = ir.node(
             "MatMulNBits",
-            [x, self.codes, self.scales],
+            [x, self.codes, scales],
             attributes={
                 "K": columns,
                 "N": rows,
@@ -77,6 +86,8 @@ class StoredBlocks:
             },
             domain=MICROSOFT,
         )
+        graph.insert_before(before, [wide, product])
+        return product
 
 
 def add_blocks(graph: ir.Graph, name: str, source: RowSource, how: LinearQuantization) -> StoredBlocks:
@@ -95,7 +106,7 @@ def add_blocks(graph: ir.Graph, name: str, source: RowSource, how: LinearQuantiz
         )
     weight = quantized(source, how)
     codes = add_initializer(graph, f"{name}.codes", PackedBlocks(weight))
-    return StoredBlocks(weight, codes, add_initializer(graph, f"{name}.scales", weight.scales))
+    return StoredBlocks(weight, codes, add_initializer(graph, f"{name}.scales", BlockScales(weight)))
 
 
 def add_constant(

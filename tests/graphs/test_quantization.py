@@ -74,14 +74,44 @@ def test_a_row_of_zeros_stays_one(form: WeightFormat, rounding: Rounding) -> Non
 
 @every_format
 @every_rounding
-@pytest.mark.parametrize("value", [1e-30, 1e-38, 1e-45], ids=["1e-30", "normal", "subnormal"])
+@pytest.mark.parametrize(
+    "value", [SMALLEST_SCALE, 1e-30, 1e-38, 1e-45], ids=["the smallest scale", "1e-30", "normal", "subnormal"]
+)
 def test_a_row_of_almost_nothing_is_finite(form: WeightFormat, rounding: Rounding, value: float) -> None:
     rows = torch.full((1, 32), value)
     scales = scales_for(rows, form, rounding)
     assert (scales.abs() >= SMALLEST_SCALE).all()
-    # What is far below the smallest scale is 0, what equals it is kept.
-    expected = rows if value == SMALLEST_SCALE else torch.zeros(1, 32)
-    torch.testing.assert_close(round_trip(rows, form, rounding), expected, rtol=1e-6, atol=0)
+    # What is far below the smallest scale is 0, what equals it is kept, and 1e-30 is 1.27 times it.
+    expected = torch.full((1, 32), SMALLEST_SCALE if value > 1e-31 else 0.0)
+    assert torch.equal(round_trip(rows, form, rounding), expected)
+
+
+@every_format
+@every_rounding
+@some
+@given(seed=st.integers(0, 2**32), spread=st.floats(1e-28, 1e37))
+def test_scales_of_blocks_are_what_16_bits_hold(
+    form: WeightFormat, rounding: Rounding, seed: int, spread: float
+) -> None:
+    scales = scales_for(random_rows(seed, spread=spread), form, rounding)
+    stored = scales.bfloat16().float()
+    assert form.short_scales == (form.block is not None)
+    assert torch.equal(stored, scales) == form.short_scales
+
+
+def test_8_digits_of_a_scale_cost_next_to_nothing() -> None:
+    rows = random_rows(8, 64, 1024)
+    for form, rounding, price in (
+        (WeightFormat(8, 256), "nearest", 1.01),
+        (WeightFormat(4, 32, negative_scales=True), "mse", 1.001),
+    ):
+        # The same rows as rows of one block each: their scales have all 24 digits.
+        alone = rows.reshape(-1, form.block)  # type: ignore[arg-type]
+        whole = WeightFormat(form.bits, None, form.negative_scales)
+        exact = squared_error(alone, scales_for(alone, whole, rounding), whole).sum()  # type: ignore[arg-type]
+        short = squared_error(rows, scales_for(rows, form, rounding), form).sum()  # type: ignore[arg-type]
+        # Measured: 1.0024 and 1.0002. The largest of a block is not met exactly, by a quarter of a code.
+        assert 1 - 1e-3 < float(short / exact) < price
 
 
 @every_format

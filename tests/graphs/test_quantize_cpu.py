@@ -224,6 +224,30 @@ def test_onnxruntimes_own_rewriting_changes_nothing(how: LinearQuantization) -> 
     assert mean_error(rewritten, plain) < 2e-3 * float(np.abs(plain).max())
 
 
+@pytest.mark.parametrize(
+    "how",
+    [LinearQuantization("w8", WeightFormat(8, 128)), LinearQuantization("w4", WeightFormat(4, 128))],
+    ids=lambda how: how.form,
+)
+def test_scales_are_made_wide_once_when_the_graph_is_loaded(how: LinearQuantization, tmp_path: Path) -> None:
+    model = tiny_canonical()
+    schedule.lower(model, "cpu", FP32, FP32, quantization=every_layer(how))
+    write_model(model, tmp_path)
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.optimized_model_filepath = str(tmp_path / "as_run.onnx")
+    ort.InferenceSession(str(tmp_path / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+    as_run = ir.load(tmp_path / "as_run.onnx").graph
+    products = [node for node in as_run if node.op_type == "MatMulNBits"]
+    assert len(products) == operators(model)["MatMulNBits"]
+    for product in products:
+        scales = product.inputs[2]
+        assert scales is not None
+        # Of anything but a constant onnxruntime packs none, and its products are zeros.
+        assert scales.is_initializer(), product.name
+        assert scales.dtype == ir.DataType.FLOAT
+
+
 @forms
 def test_each_pass_reports_what_it_did(raw_graph: MakeGraph, how: LinearQuantization) -> None:
     model = canonical(raw_graph)
@@ -255,14 +279,14 @@ def test_layers_may_differ(raw_graph: MakeGraph) -> None:
         "layers.1.input_layernorm.gain": "FLOAT",
         "layers.1.post_attention_layernorm.gain": "FLOAT",
         "layers.1.self_attn.qkv_proj.codes": "UINT8",
-        "layers.1.self_attn.qkv_proj.scales": "FLOAT",
+        "layers.1.self_attn.qkv_proj.scales": "BFLOAT16",
         "layers.1.self_attn.o_proj.weight": "FLOAT16",
         "layers.1.mlp.gate_up_proj.codes": "INT8",
         "layers.1.mlp.gate_up_proj.scales": "FLOAT",
         "layers.1.mlp.down_proj.codes": "UINT8",
-        "layers.1.mlp.down_proj.scales": "FLOAT",
+        "layers.1.mlp.down_proj.scales": "BFLOAT16",
         "embed_tokens.codes": "UINT8",
-        "embed_tokens.scales": "FLOAT",
+        "embed_tokens.scales": "BFLOAT16",
     }
 
 
@@ -409,11 +433,12 @@ def expected_sizes(how: LinearQuantization) -> list[int]:
     kv = config.num_kv_heads * config.head_dim
     sizes = []  # Gains and the frequencies of the rotary tables are in the graph file.
     assert how.format is not None
+    scale = 4 if how.format.block is None else 2
     for rows, columns in [(heads + 2 * kv, d), (2 * f, d), (d, f)] * config.num_layers:
-        sizes += [rows * columns * how.format.bits // 8, rows * how.format.groups(columns) * 4]
+        sizes += [rows * columns * how.format.bits // 8, rows * how.format.groups(columns) * scale]
     sizes += [d * heads * 2] * config.num_layers  # In fp16.
     assert TABLE.format is not None
-    return [*sizes, config.vocab_size * d, config.vocab_size * TABLE.format.groups(d) * 4]
+    return [*sizes, config.vocab_size * d, config.vocab_size * TABLE.format.groups(d) * 2]
 
 
 def padded(sizes: list[int]) -> int:
@@ -423,9 +448,9 @@ def padded(sizes: list[int]) -> int:
 
 
 def bound_logits(graph: Path, feeds: Mapping[str, np.ndarray]) -> Array:
-    """Logits by way of IOBinding, from the files."""
+    """Logits by way of IOBinding, from the files, without fusions as `run`."""
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
     session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     binding = session.io_binding()
@@ -557,7 +582,8 @@ def pack_the_table_for_the_head(graph: ir.Graph) -> None:
 def look_up_other_scales(graph: ir.Graph) -> None:
     scales = graph.initializers["embed_tokens.scales"]
     lookup = next(use.node for use in scales.uses() if use.node.op_type == "Gather")
-    lookup.replace_input_with(0, add_initializer(graph, "other.scales", InMemory("other", torch.ones(96, 2))))
+    others = InMemory("other", torch.ones(96, 2).bfloat16())
+    lookup.replace_input_with(0, add_initializer(graph, "other.scales", others))
 
 
 def look_up_a_second_table(graph: ir.Graph) -> None:
@@ -572,11 +598,23 @@ def compute_the_codes(graph: ir.Graph) -> None:
     product.replace_input_with(1, computed.outputs[0])
 
 
+def store_wide_scales(graph: ir.Graph) -> None:
+    product = next(node for node in graph if node.op_type == "MatMulNBits")
+    product.replace_input_with(2, add_initializer(graph, "wide.scales", InMemory("wide", torch.ones(1))))
+
+
+def store_wide_scales_before_their_cast(graph: ir.Graph) -> None:
+    product = next(node for node in graph if node.op_type == "MatMulNBits")
+    cast = product.inputs[2].producer()  # type: ignore[union-attr]
+    assert cast is not None
+    cast.replace_input_with(0, add_initializer(graph, "wide.scales", InMemory("wide", torch.ones(1))))
+
+
 def narrow_the_scales(graph: ir.Graph) -> None:
     product = next(node for node in graph if node.op_type == "MatMulNBits")
-    product.replace_input_with(
-        2, add_initializer(graph, "half.scales", InMemory("half", torch.ones(1).half()))
-    )
+    cast = product.inputs[2].producer()  # type: ignore[union-attr]
+    assert cast is not None
+    product.replace_input_with(2, cast.inputs[0])
 
 
 @pytest.mark.parametrize(
@@ -591,6 +629,8 @@ def narrow_the_scales(graph: ir.Graph) -> None:
         (look_up_a_second_table, spec.quantized_table_is_stored_once),
         (compute_the_codes, spec.codes_are_read_as_codes),
         (narrow_the_scales, spec.codes_are_read_as_codes),
+        (store_wide_scales, spec.codes_are_read_as_codes),
+        (store_wide_scales_before_their_cast, spec.codes_are_read_as_codes),
     ],
     ids=lambda item: item.__name__,
 )

@@ -20,6 +20,7 @@ from gemma_export.graphs.quantization import (
     scales_for,
 )
 from gemma_export.graphs.quantized import (
+    BlockScales,
     PackedBlocks,
     PackedRows,
     QuantizedWeight,
@@ -191,12 +192,34 @@ def test_transposed_codes_are_held_from_the_first_row_to_the_last() -> None:
 
 def test_stored_codes_are_taken_as_they_are() -> None:
     codes = torch.randint(-128, 128, (ROWS, COLUMNS), dtype=torch.int8)
-    scales = torch.rand(ROWS, 4) + 0.5
+    scales = (torch.rand(ROWS, 4) + 0.5).bfloat16().float()
     stored = (InMemory("w", codes), InMemory("w", scales))
     weight = quantized(InMemory("w", WEIGHT), LinearQuantization("w8", BLOCKS, stored=stored))
     assert torch.equal(whole(weight.codes), codes)
     assert torch.equal(whole(weight.scales), scales)
     assert torch.equal(whole(PackedBlocks(weight)).int() - 128, codes.reshape(ROWS, 4, 16).int())
+    assert torch.equal(whole(BlockScales(weight)).float(), scales)
+
+
+def test_stored_scales_are_not_rounded_behind_their_codes() -> None:
+    codes, scales = torch.zeros(ROWS, COLUMNS, dtype=torch.int8), torch.ones(ROWS, 4)
+    scales[30, 2] += 2**-8
+    stored = (InMemory("w", codes), InMemory("w", scales))
+    short = BlockScales(quantized(InMemory("w", WEIGHT), LinearQuantization("w8", BLOCKS, stored=stored)))
+    assert torch.equal(short.read(0, 30).float(), scales[:30])
+    with pytest.raises(GraphError, match="scales of w have more digits than 16 bits hold"):
+        whole(short)
+
+
+@pytest.mark.parametrize("form", [BLOCKS, NIBBLES], ids=["blocks", "nibbles"])
+@every_rounding
+def test_scales_of_blocks_are_stored_in_16_bits(form: WeightFormat, rounding: Rounding) -> None:
+    weight = weight_of(form, rounding)
+    stored = BlockScales(weight)
+    codes, scales = expected_parts(form, rounding)
+    assert (stored.name, stored.shape, stored.dtype) == ("w", tuple(scales.shape), torch.bfloat16)
+    assert torch.equal(whole(weight.codes), codes)
+    assert torch.equal(whole(stored).float(), scales)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +276,7 @@ def test_every_layout_comes_back_from_the_disk(tmp_path: Path) -> None:
     add_initializer(graph, "transposed", TransposedCodes(per_row))
     add_initializer(graph, "row scales", RowScales(per_row))
     add_initializer(graph, "blocks", PackedBlocks(blocks))
-    add_initializer(graph, "block scales", blocks.scales)
+    add_initializer(graph, "block scales", BlockScales(blocks))
     add_initializer(graph, "int4", PackedRows(nibbles), ir.DataType.INT4)
     model = ir.Model(graph, ir_version=11)
     size = external_bytes(model)
@@ -268,7 +291,7 @@ def test_every_layout_comes_back_from_the_disk(tmp_path: Path) -> None:
         "transposed": ("INT8", (COLUMNS, ROWS)),
         "row scales": ("FLOAT", (ROWS,)),
         "blocks": ("UINT8", (ROWS, 4, 16)),
-        "block scales": ("FLOAT", (ROWS, 4)),
+        "block scales": ("BFLOAT16", (ROWS, 4)),
         "int4": ("INT4", (ROWS, COLUMNS)),
     }
     codes, scales = expected_parts(PER_ROW, "nearest")
@@ -276,7 +299,7 @@ def test_every_layout_comes_back_from_the_disk(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stored["row scales"].numpy(), scales[:, 0])
     codes, scales = expected_parts(BLOCKS, "nearest")
     np.testing.assert_array_equal(stored["blocks"].numpy().reshape(ROWS, COLUMNS), codes.int() + 128)
-    np.testing.assert_array_equal(stored["block scales"].numpy(), scales)
+    np.testing.assert_array_equal(stored["block scales"].numpy().astype(np.float32), scales)
     codes, _ = expected_parts(NIBBLES, "nearest")
     np.testing.assert_array_equal(stored["int4"].numpy().astype(np.int8), codes)
 
