@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from gemma_export.graphs.passes.emulate_half import emulate_half
 from gemma_export.graphs.passes.rows_at_a_time import rows_at_a_time
+from gemma_export.graphs.passes.unfuse import unfuse
 from gemma_export.runtime.bundle import open_bundle
 from gemma_export.runtime.onnxruntime import OnnxRuntimeBackend
 from gemma_export.runtime.session import Session, load
@@ -19,8 +20,9 @@ def measurable_session(folder: Path) -> Session:
     """A session that shows what a bundle says on the device it was built for.
 
     A graph that computes in fp32 is run as it is; one that computes in 16 bits is run through a twin that
-    rounds where the graph would (`graphs.passes.emulate_half`). Its weights stay as they are stored and are
-    made numbers in each step, one product's at a time: it needs the bundle's memory and a layer's.
+    rounds where the graph would (`graphs.passes.emulate_half`), or a GPU inside an operator of onnxruntime's
+    own would (`graphs.passes.unfuse`). Its weights stay as they are stored and are made numbers in each step,
+    one product's at a time: it needs the bundle's memory and a layer's.
 
     Raises:
         BundleError: It is damaged or cannot be loaded.
@@ -29,6 +31,7 @@ def measurable_session(folder: Path) -> Session:
     if bundle.manifest.compute_dtype == "float32":
         return load(folder, verify="sizes")
     model = ir.load(bundle.file(bundle.manifest.graph.file))
+    unfuse(model)
     emulate_half(model)
     rows_at_a_time(model)
     graph = ir.to_proto(model).SerializeToString()

@@ -20,6 +20,7 @@ import onnx_ir as ir
 from gemma_export.graphs.passes.half_precision import MOVES
 
 HALVES = frozenset({ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+FLOATS = HALVES | {ir.DataType.FLOAT}
 EXACT = MOVES | {"TensorScatter"}
 
 
@@ -79,7 +80,8 @@ def _rounds(graph: ir.Graph, cast: ir.Node) -> int:
     if cast.metadata_props.get("exact") or operand is None:
         return 0
     if output.dtype not in HALVES:
-        if output.dtype == ir.DataType.FLOAT and not output.is_graph_output():
+        widens = output.dtype == ir.DataType.FLOAT and operand.dtype in FLOATS
+        if widens and not output.is_graph_output():
             output.replace_all_uses_with(operand)
             graph.remove(cast, safe=True)
         return 0
