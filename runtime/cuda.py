@@ -92,12 +92,12 @@ class CudaDevice:
         Raises:
             DeviceError: The host has not enough.
         """
-        count = int(np.prod(shape))
-        size = max(count * np.dtype(dtype).itemsize, 1)
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = _call(self._cudart.cudaMallocHost(size), f"lock {_mebibytes(size)} of the host's memory")
-        array: Array = np.asarray(_HostMemory(self._cudart, int(address), size))
-        array[:] = 0
-        return array[: count * np.dtype(dtype).itemsize].view(dtype).reshape(shape)
+        memory = np.asarray(_HostMemory(self._cudart, int(address), size))
+        memory[:] = 0
+        array: Array = memory.view(dtype).reshape(shape)
+        return array
 
     def clear(self, memory: "DeviceMemory") -> None:
         """Sets every byte to 0, and waits until it is done."""

@@ -189,8 +189,8 @@ def choose_engines(engines: tuple[EngineInfo, ...], device: CudaDevice) -> tuple
     sms = sorted({sm for info in engines for sm in info.sms})
     raise BundleError(
         f"The bundle's engines run on SM {', '.join(map(str, sms))}; {device.name} is SM {device.sm}.",
-        "Compile one for it: `gemma-export compile BUNDLE --target "
-        f"{engines[0].flavour} --sm {device.sm}`, or on the device itself with --target tensorrt.",
+        f"Compile one for it: `gemma-export compile BUNDLE --target rtx --sm {device.sm}`, or on the device "
+        "itself with --target tensorrt, if TensorRT for RTX does not know it.",
     )
 
 
