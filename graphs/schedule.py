@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from gemma_export.errors import GraphError
-from gemma_export.graphs import spec, spec_cuda
+from gemma_export.graphs import spec, spec_cuda, spec_tensorrt
 from gemma_export.graphs.formats import Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
@@ -31,6 +31,7 @@ from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
 from gemma_export.graphs.passes.quantize_embedding import quantize_embedding
 from gemma_export.graphs.passes.quantize_linear import quantize_linear
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
+from gemma_export.graphs.passes.reshape_gate_up import reshape_gate_up
 from gemma_export.graphs.passes.scatter_cache import scatter_cache
 from gemma_export.graphs.passes.share_embedding import share_embedding
 from gemma_export.graphs.passes.store_half import store_half
@@ -184,18 +185,17 @@ def tensorrt(formats: Formats) -> Schedule:
     Of both flavours: TensorRT, and TensorRT for RTX. It is also what the target `onnx` is, for a device to
     compile.
     """
-    quantized: tuple[Step, ...] = ()
+    halves, rules = Step(reshape_gate_up, _once_a_layer), spec_tensorrt.TENSORRT
+    steps: tuple[Step, ...] = (halves,)
     if formats.quantization is not None:
-        quantized = (
-            *_scaled(formats.quantization),
-            Step(partial(quantize_dequantize, quantization=formats.quantization)),
-            Step(remove_dead_code),
-        )
+        quantize = partial(quantize_dequantize, quantization=formats.quantization)
+        # Scales are folded into gate and up as they are split in the canonical graph.
+        steps = (*_scaled(formats.quantization), halves, Step(quantize), Step(remove_dead_code))
+        rules = spec_tensorrt.quantized(formats.forms)
     if formats.compute != torch.float32:
         half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
-        quantized += (Step(half), Step(remove_dead_code))
-    rules = spec.HALF if formats.quantization is None else spec.onnx_quantized(formats.forms)
-    return Schedule(quantized, rules)
+        steps += (Step(half), Step(remove_dead_code))
+    return Schedule(steps, rules)
 
 
 LOWERINGS: dict[str, Callable[[Formats], Schedule]] = {

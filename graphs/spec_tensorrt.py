@@ -1,0 +1,140 @@
+"""What must hold of a graph that TensorRT is to compile.
+
+Most of what breaks one of these rules is built without a word: into an engine that computes something else,
+that stores a weight once for each profile, or that makes numbers of all codes in memory, in every step.
+"""
+
+from collections.abc import Collection, Mapping
+
+import onnx_ir as ir
+
+from gemma_export.graphs import spec
+from gemma_export.graphs.formats import Form
+from gemma_export.graphs.tensors import streamed
+
+FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
+CODES = frozenset({ir.DataType.INT8, ir.DataType.INT4})
+TO_WEIGHT = frozenset({"Cast", "DequantizeLinear", "Transpose"})
+"""What may stand between a product and its weight."""
+FINISHING = frozenset({"Cast", "Mul"})
+"""What may stand between a product and what splits it."""
+
+
+def masks_have_the_format_of_queries(model: ir.Model) -> str | None:
+    """A fused attention adds the mask as it is."""
+    for node in _nodes(model, "Attention"):
+        query, mask = node.inputs[0], node.inputs[3]
+        if query is None or mask is None or query.dtype != mask.dtype:
+            return f"{node.name} has queries in {_format(query)} and its mask in {_format(mask)}"
+    return None
+
+
+def operands_have_one_format(model: ir.Model) -> str | None:
+    """A network of strong types casts nothing by itself."""
+    for node in model.graph:
+        formats = {value.dtype for value in node.inputs if value is not None and value.dtype in FLOATS}
+        if len(formats) > 1:
+            return f"{node.name or node.op_type} reads {' and '.join(sorted(map(str, formats)))}"
+    return None
+
+
+def caches_are_scattered_in_place(model: ir.Model) -> str | None:
+    """One TensorScatter of floats along the slots: anything else copies the whole cache in every step."""
+    for past, present in zip(model.graph.inputs[2:], model.graph.outputs[1:], strict=True):
+        node = present.producer()
+        if node is None or node.op_type != "TensorScatter" or node.inputs[0] is not past:
+            return f"{present.name} is not {past.name} after one TensorScatter"
+        linear = node.attributes.get_string("mode", "linear") == "linear"
+        if node.attributes.get_int("axis", -2) not in (-2, 2) or not linear:
+            return f"{present.name} is not written along the slots"
+        if past.dtype not in FLOATS:
+            return f"{past.name} is in {_format(past)}"
+    return None
+
+
+def weights_are_rows_behind_one_transpose(model: ir.Model) -> str | None:
+    """Each product reads its weight [N, K], as it is stored: of [K, N] each profile stores its own copy."""
+    for node in _nodes(model, "MatMul"):
+        value, turns = node.inputs[1], []
+        while value is not None and (maker := value.producer()) is not None and maker.op_type in TO_WEIGHT:
+            turns += [maker.attributes["perm"].as_ints()] if maker.op_type == "Transpose" else []
+            value = maker.inputs[0]
+        if streamed(value) is None:
+            return f"{node.name} multiplies with nothing that is stored"
+        if [list(turn) for turn in turns] != [[1, 0]]:
+            return f"{node.name} reads {value.name if value else ''} through {len(turns)} transposes"
+    return None
+
+
+def products_get_an_axis_before_they_are_split(model: ir.Model) -> str | None:
+    """Of a product that is split along its last axis, each profile stores a weight of its own."""
+    for node in _nodes(model, "Split"):
+        product = _before(node.inputs[0], FINISHING)
+        if product is not None and product.op_type == "MatMul":
+            return f"{product.name} is split as it is"
+    return None
+
+
+def codes_only_become_numbers(model: ir.Model) -> str | None:
+    """A constant of codes is read by DequantizeLinear alone; a zero point is none."""
+    for value in model.graph.initializers.values():
+        for use in value.uses() if value.dtype in CODES else ():
+            zero_point = use.idx == 2 and use.node.op_type in ("QuantizeLinear", "DequantizeLinear")
+            if not zero_point and (use.node.op_type, use.idx) != ("DequantizeLinear", 0):
+                return f"{value.name} is read by {use.node.op_type}"
+    return None
+
+
+def codes_of_8_bits_have_one_step(model: ir.Model) -> str | None:
+    """With a scale per row, numbers are made of the whole weight, in memory, for every token."""
+    for node in _nodes(model, "DequantizeLinear"):
+        codes, scale = node.inputs[0], node.inputs[1]
+        if streamed(codes) is None or codes is None or codes.dtype != ir.DataType.INT8:
+            continue
+        if scale is None or scale.shape is None or len(scale.shape) != 0:
+            return f"{codes.name} has {list(scale.shape or ()) if scale else 'no'} scales"
+    return None
+
+
+def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+def _before(value: ir.Value | None, passed: Collection[str]) -> ir.Node | None:
+    """The operator that makes a value, before those that are passed."""
+    node = None if value is None else value.producer()
+    return _before(node.inputs[0], passed) if node is not None and node.op_type in passed else node
+
+
+def _format(value: ir.Value | None) -> str:
+    return "no format" if value is None or value.dtype is None else value.dtype.name.lower()
+
+
+_RULES: tuple[spec.Rule, ...] = (
+    spec.inputs_and_outputs_follow_the_contract,
+    spec.only_standard_operators,
+    spec.every_value_has_a_type,
+    spec.every_initializer_has_a_value,
+    spec.no_initializer_is_unused,
+    spec.fused_operators_are_all_there,
+    spec.attention_masks_are_explicit,
+    masks_have_the_format_of_queries,
+    operands_have_one_format,
+    caches_are_scattered_in_place,
+    weights_are_rows_behind_one_transpose,
+    products_get_an_axis_before_they_are_split,
+)
+TENSORRT = spec.Spec("TensorRT", (*_RULES, spec.embedding_is_stored_once))
+
+
+def quantized(forms: Mapping[str, Form]) -> spec.Spec:
+    """The rules of a quantized graph, and that its products have the forms chosen for them, by name."""
+    rules = (
+        *_RULES,
+        spec.dequantized_table_is_stored_once,
+        spec.no_weight_is_stored_twice,
+        codes_only_become_numbers,
+        codes_of_8_bits_have_one_step,
+        spec.forms_are_those_chosen(forms),
+    )
+    return spec.Spec("quantized TensorRT", rules)
