@@ -11,7 +11,7 @@ from gemma_export.exporter.commands.build import build
 from gemma_export.exporter.commands.check import inspect, parity, verify
 from gemma_export.exporter.commands.quantize import calibrate, sensitivity
 from gemma_export.exporter.commands.run import chat, generate
-from gemma_export.exporter.commands.ship import pack, unpack
+from gemma_export.exporter.commands.ship import compile_engines, pack, unpack
 from gemma_export.exporter.process import out, run
 from gemma_export.version import __version__
 
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 for command in (build, calibrate, sensitivity, generate, chat, parity, inspect, verify, pack, unpack):
     app.command()(command)
+app.command("compile")(compile_engines)
 
 
 @app.callback(invoke_without_command=True)

@@ -42,7 +42,6 @@ from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.quantize_cache import quantize_cache
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
 from gemma_export.runtime.manifest import (
-    EngineInfo,
     Manifest,
     ParitySummary,
     QuantizationInfo,
@@ -138,7 +137,8 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
             folder,
             files,
         )
-        manifest = replace(manifest, engines=_compile(engines, manifest, folder, listener))
+        if engines is not None:
+            manifest = _compile(engines, manifest, folder, listener)
         write_manifest(folder, manifest)
         report = _check_parity(request, source, folder, listener)
         if report is not None:
@@ -237,18 +237,15 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
     return engines
 
 
-def _compile(
-    engines: EngineRequest | None, manifest: Manifest, folder: Path, listener: events.Listener
-) -> tuple[EngineInfo, ...]:
-    """Builds the engines and audits them; none where none were asked for."""
-    if engines is None:
-        return ()
+def _compile(engines: EngineRequest, manifest: Manifest, folder: Path, listener: events.Listener) -> Manifest:
+    """Builds the engines, audits them, and enters them into the manifest."""
     # A build without engines does not load what compiles them.
     from gemma_export.exporter.engines.build import build_engines
 
     graph = folder / manifest.graph.file
     layers, weights = manifest.model.num_layers, manifest.bytes.weights
-    return build_engines(graph, layers, weights, engines, folder, listener)
+    built = build_engines(graph, layers, weights, engines, folder, listener)
+    return replace(manifest, engines=built, files=describe_files(folder, dict(manifest.files)))
 
 
 def _write_configurations(source: Source, slots: int, folder: Path) -> TokenizerFacts:

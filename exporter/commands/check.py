@@ -9,6 +9,7 @@ import typer
 from gemma_export.disk import disk_errors
 from gemma_export.exporter.commands import options
 from gemma_export.exporter.commands.console import listening, manifest_values, show_extra, write_json
+from gemma_export.exporter.engines.table import engine_table
 from gemma_export.exporter.process import out
 from gemma_export.exporter.screen import bundle_table, parity_table
 
@@ -65,6 +66,9 @@ def inspect(bundle: options.Bundle, as_json: options.Json = False) -> None:
         write_json(manifest_values(opened.manifest))
         return
     out.print(bundle_table(opened.manifest))
+    for engine in opened.manifest.engines:
+        out.print()
+        out.print(engine_table(engine, opened.manifest))
     out.print("\n[dim]passes[/]", highlight=False)
     for name, count in opened.manifest.graph.passes.items():
         out.print(f"  {name:<32}{count:>5}", highlight=False)

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gemma_export.exporter.engines.request import Flavour
 from gemma_export.exporter.request import CacheKind, ParityLevel
 from gemma_export.exporter.request import Observer as ObserverName
 from gemma_export.runtime.manifest import LogitsKind
@@ -19,6 +20,9 @@ Tokenizer = Annotated[Path | None, typer.Option(help="A tokenizer.model from els
 Precision = Annotated[str, typer.Option(help="fp32, fp16, bf16, int8 or int4.")]
 Quantized = Annotated[str, typer.Option("--precision", help="int8 or int4.")]
 Target = Annotated[str, typer.Option(help="cpu, cuda, onnx (standard operators), rtx or tensorrt (engines).")]
+Compiled = Annotated[
+    Flavour, typer.Option("--target", help="What compiles: TensorRT for RTX, or TensorRT on its device.")
+]
 Scheme = Annotated[
     str | None, typer.Option(help="How int8 and int4 compute: w8a8-dynamic, w8a8, w8a16, w4a16.")
 ]

@@ -1,4 +1,4 @@
-"""The commands that bring a bundle to a device."""
+"""The commands that bring a bundle to a device, and fit it to that device."""
 
 from pathlib import Path
 from shlex import quote
@@ -8,7 +8,46 @@ import typer
 
 from gemma_export.exporter import events
 from gemma_export.exporter.commands import options
-from gemma_export.exporter.commands.console import check_new_file, listening, show_result, write_json
+from gemma_export.exporter.commands.console import (
+    check_new_file,
+    listening,
+    manifest_values,
+    show_result,
+    write_json,
+)
+from gemma_export.exporter.engines.options import EngineOptions, read_memory, read_sms
+
+
+def compile_engines(
+    bundle: options.Bundle,
+    target: options.Compiled,
+    sm: options.Sm = None,
+    max_batch: options.MaxBatch = None,
+    prefill_chunk: options.PrefillChunk = None,
+    device: options.DeviceName = None,
+    memory: options.Memory = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="A new bundle; by default BUNDLE gets the engines.")
+    ] = None,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Build engines from a bundle's graph, on the device itself if need be."""
+    from gemma_export.exporter.compile import compile_bundle
+
+    wanted = EngineOptions(read_sms(sm), max_batch, prefill_chunk, device, read_memory(memory))
+    with listening(as_json=as_json, quiet=quiet) as listener:
+        result = compile_bundle(bundle, target, wanted, output, force=force, listener=listener)
+    if as_json:
+        manifest = manifest_values(result.manifest)
+        write_json(
+            {"event": "result", "bundle": str(result.path), "seconds": result.seconds, "manifest": manifest}
+        )
+    elif not quiet:
+        shell = quote(str(result.path))
+        steps = (f"gemma-export inspect {shell}", f"gemma-export generate {shell} 'Once upon a time'")
+        show_result(result.path, result.seconds, steps)
 
 
 def pack(

@@ -137,8 +137,8 @@ def plan_device(device: Device | None) -> str:
 
 
 def gib(count: int) -> str:
-    """Bytes as GiB."""
-    return f"{count / GIB:.2f} GiB"
+    """Bytes as GiB, or as MiB where that is less than one."""
+    return f"{count / GIB:.2f} GiB" if count >= GIB else f"{count / (1 << 20):.2f} MiB"
 
 
 def devices_for(total: int, sms: tuple[int, ...] = ()) -> tuple[Device, ...]:
@@ -149,7 +149,7 @@ def devices_for(total: int, sms: tuple[int, ...] = ()) -> tuple[Device, ...]:
 def _hint(plan: MemoryPlan, available: int) -> str:
     ways = list(_ways(plan, available))
     if ways:
-        return f"What would fit: {'; '.join(ways)}."
+        return f"A build that would fit has {', or '.join(ways)}."
     smallest = min((plan, *_smaller(plan)), key=lambda other: other.weights)
     smallest = replace(smallest, slots=_SHORTEST, rows=1, chunk=min(plan.chunk, _SHORTEST))
     fitting = devices_for(smallest.total, RTX_SMS if plan.target == "rtx" else ())
