@@ -210,6 +210,29 @@ def test_four_bits_of_smoothed_columns():
     assert decision.scales.error < 0.5 * (decision.scales.candidates or {})["nearest without smoothing"]
 
 
+def test_codes_are_chosen_for_rows_as_they_will_be_divided():
+    x, weight = correlated(), random(96, 64, seed=7)
+    divisors = torch.logspace(-1, 1, 40)
+    inputs = InputStatistics(64, len(x), hessian=True)
+    inputs.add(x)
+    plain = decide(layer(x, weight), Recipe(FOUR_BITS))
+    decision = decide(Layer(InMemory("w", weight), inputs, divisors=divisors), Recipe(FOUR_BITS))
+    assert decision.scales == plain.scales  # What is tried is what comes out in the end.
+    assert decision.stored is not None
+    assert plain.stored is not None
+    scales = decision.stored[1]
+    assert torch.equal(scales.bfloat16().float(), scales)
+    assert torch.equal(
+        decode(*decision.stored, FOUR_BITS.weights)[:56], decode(*plain.stored, FOUR_BITS.weights)[:56]
+    )
+    undone = decode(*decision.stored, FOUR_BITS.weights)
+    undone[56:] *= divisors[:, None]
+    exact = Target(x, weight)
+    errors = [exact.error(x, rows) for rows in (undone, decode(*plain.stored, FOUR_BITS.weights))]
+    # Scales of divided rows fall between other numbers of 8 digits; another row's divisor is 12 % off.
+    assert errors[0] == pytest.approx(errors[1], rel=0.05)
+
+
 def test_a_large_weight_is_judged_by_rows_spread_over_it(monkeypatch):
     weight = random(500, 64, seed=7)
     weight[::2] *= 3
