@@ -24,7 +24,7 @@ def engine_table(engine: EngineInfo, manifest: Manifest) -> Table:
         "kernels": ", ".join(f"{count} {kind}" for kind, count in sorted(engine.kernels.items())),
         **{f"profile {profile.name}": _profile(profile) for profile in engine.profiles},
         "weights": gib(engine.weight_bytes),
-        "cache": f"{gib(cache)} for {rows} row{'s' if rows > 1 else ''} of {manifest.graph.max_length:,} tokens",
+        "cache": f"{gib(cache)} for {_count(rows, 'row')} of {manifest.graph.max_length:,} tokens",
         "memory": f"{gib(total)} with the larger profile's activations",
         "fits on": ", ".join(fitting) or "no device of the table with such a GPU",
     }
@@ -44,5 +44,9 @@ def _profile(profile: ProfileInfo) -> str:
 
 
 def _range(sizes: Range, what: str) -> str:
-    many = "" if sizes.max == 1 else "s"
-    return f"{sizes.max} {what}{many}" if sizes.min == sizes.max else f"{sizes.min} to {sizes.max} {what}s"
+    fixed = sizes.min == sizes.max
+    return _count(sizes.max, what) if fixed else f"{sizes.min} to {_count(sizes.max, what)}"
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count:,} {what}{'' if count == 1 else 's'}"
