@@ -12,14 +12,19 @@ from typing import Any
 
 import pytest
 from support.command_line import Outcome, assert_refused, command
+from support.damage import flip_byte
 
+from gemma_export.exporter.engines.options import EngineOptions
 from gemma_export.exporter.request import BuildRequest, CalibrationRequest
 from gemma_export.version import __version__
 
 Invoke = Callable[[Sequence[object]], Outcome]
 RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
-COMMANDS = ["build", "calibrate", "sensitivity", "generate", "chat", "parity", "inspect", "verify"]
+COMMANDS = [
+    *("build", "calibrate", "sensitivity", "generate", "chat", "parity", "inspect", "verify"),
+    *("pack", "unpack", "compile"),
+]
 HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "matplotlib")
 
 
@@ -70,7 +75,11 @@ def test_what_there_is_not(arguments: list[str], invoke: Invoke) -> None:
     assert "Traceback" not in outcome.err
 
 
-@pytest.mark.parametrize("arguments", [["build", "--help"], ["inspect", "BUNDLE"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments",
+    [["build", "--help"], ["compile", "--help"], ["inspect", "BUNDLE"]],
+    ids=" ".join,
+)
 def test_light_commands_need_no_extra(arguments: list[str], tiny_bundle: Path, run_cli: RunCli) -> None:
     arguments = [str(tiny_bundle) if argument == "BUNDLE" else argument for argument in arguments]
     ended = run_cli(arguments, prelude=without(*HEAVY))
@@ -236,6 +245,10 @@ def test_options_of_a_build_become_a_request(invoke: Invoke, monkeypatch: pytest
     assert invoke([*cpu, "--max-kl", "0.25", "--max-perplexity-increase", "1.5"]).code == 9
     int4 = ["build", "--size", "tiny", "--precision", "int4", "--block", "64", "--no-calibration"]
     assert invoke(int4).code == 9
+    rtx = ["build", "--size", "2b", "--precision", "int8", "--target", "rtx", "--sm", "86,8.9", "--sm", "75"]
+    assert invoke([*rtx, "--max-batch", "4", "--prefill-chunk", "64", "--memory", "7.5GB"]).code == 9
+    device = ["build", "--size", "2b", "--precision", "int8", "--target", "tensorrt"]
+    assert invoke([*device, "--device", "orin-nano-8gb"]).code == 9
     assert requests == [
         REQUEST,
         BuildRequest(
@@ -247,6 +260,15 @@ def test_options_of_a_build_become_a_request(invoke: Invoke, monkeypatch: pytest
             max_perplexity_increase=1.5,
         ),
         BuildRequest(size="tiny", precision="int4", block=64, no_calibration=True),
+        BuildRequest(
+            size="2b",
+            precision="int8",
+            target="rtx",
+            engines=EngineOptions((75, 86, 89), 4, 64, memory=7_500_000_000),
+        ),
+        BuildRequest(
+            size="2b", precision="int8", target="tensorrt", engines=EngineOptions(device="orin-nano-8gb")
+        ),
     ]
 
 
@@ -311,6 +333,84 @@ def test_sensitivity(asked: list[Any], tmp_path: Path, invoke: Invoke) -> None:
     assert asked[1] == (BuildRequest(size="tiny", precision="int8", scales=Path("s.json")), None)
     assert_refused(invoke(["sensitivity", "--size", "tiny", "-o", tmp_path]), 2, "is a folder")
     assert len(asked) == 2
+
+
+def test_missing_file_of_scales_is_a_wrong_request(tmp_path: Path, invoke: Invoke) -> None:
+    arguments = ["build", "--size", "tiny", "--precision", "int8", "-q", "-o", tmp_path / "b"]
+    outcome = invoke([*arguments, "--scales", tmp_path / "scales.json"])
+    assert_refused(outcome, 2, f"There is no file {tmp_path / 'scales.json'}")
+    assert names(tmp_path) == []
+
+
+# Shipping
+
+
+def test_bundle_goes_through_an_archive(
+    tiny_bundle: Path, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = invoke(["pack", tiny_bundle, "my bundle.tar"])
+    assert outcome.code == 0
+    assert "gemma-export unpack 'my bundle.tar'" in outcome.out  # may be pasted into a shell
+    outcome = invoke(["unpack", "my bundle.tar"])
+    assert outcome.code == 0
+    assert "gemma-export inspect 'my bundle'" in outcome.out
+    assert invoke(["verify", "my bundle"]).code == 0
+    assert names(tmp_path / "my bundle") == names(tiny_bundle)
+    assert names(tmp_path) == ["my bundle", "my bundle.tar"]
+
+
+def test_shipping_for_programs(tiny_bundle: Path, tmp_path: Path, invoke: Invoke) -> None:
+    archive, folder = tmp_path / "b.tar", tmp_path / "b"
+    outcome = invoke(["pack", tiny_bundle, archive, "-q", "--json"])
+    size = archive.stat().st_size
+    assert outcome.events == [{"event": "result", "archive": str(archive), "bytes": size}]
+    outcome = invoke(["unpack", archive, "-o", folder, "--json"])
+    assert [event["event"] for event in outcome.events][-1] == "result"
+    assert outcome.events[-1]["bundle"] == str(folder)
+    assert invoke(["pack", tiny_bundle, archive, "--force", "-q"]) == Outcome(0, "", "")
+    assert invoke(["unpack", archive, "-o", folder, "--force", "-q"]) == Outcome(0, "", "")
+
+
+def test_nothing_is_replaced_by_shipping_without_force(
+    tiny_bundle: Path, tmp_path: Path, invoke: Invoke
+) -> None:
+    archive, folder = tmp_path / "b.tar", tmp_path / "b"
+    assert invoke(["pack", tiny_bundle, archive, "-q"]).code == 0
+    refused = invoke(["pack", tiny_bundle, archive, "-q"])
+    assert_refused(refused, 2, f"{archive} exists")
+    assert "--force" in refused.err
+    assert_refused(invoke(["pack", tiny_bundle, tmp_path, "--force"]), 2, "is a folder")
+    assert invoke(["unpack", archive, "-o", folder, "-q"]).code == 0
+    assert_refused(invoke(["unpack", archive, "-o", folder, "-q"]), 2, "already holds a bundle")
+    assert_refused(invoke(["pack", tiny_bundle, tmp_path / "e.tar", "--engines-only"]), 2, "no engines")
+
+
+def test_shipping_needs_no_extra(tiny_bundle: Path, tmp_path: Path, run_cli: RunCli) -> None:
+    archive, folder = tmp_path / "b.tar", tmp_path / "b"
+    for arguments in (["pack", tiny_bundle, archive], ["unpack", archive, "-o", folder], ["verify", folder]):
+        ended = run_cli(arguments, prelude=without(*HEAVY))
+        assert ended.returncode == 0, ended.stderr
+
+
+def test_damaged_archive_leaves_no_bundle(tiny_bundle: Path, tmp_path: Path, invoke: Invoke) -> None:
+    archive = tmp_path / "b.tar"
+    assert invoke(["pack", tiny_bundle, archive, "-q"]).code == 0
+    flip_byte(archive, archive.stat().st_size // 2)
+    outcome = invoke(["unpack", archive, "-o", tmp_path / "b", "-q"])
+    assert_refused(outcome, 1, "is not what the manifest says")
+    assert names(tmp_path) == ["b.tar"]
+    assert_refused(invoke(["unpack", tmp_path / "nowhere.tar", "-q"]), 2, "There is no file")
+
+
+def test_what_can_not_be_compiled(tiny_bundle: Path, tmp_path: Path, invoke: Invoke) -> None:
+    before = {name: (tiny_bundle / name).read_bytes() for name in names(tiny_bundle)}
+    outcome = invoke(["compile", tiny_bundle, "--target", "rtx", "-q"])
+    assert_refused(outcome, 2, "was built for cpu, whose operators TensorRT does not have")
+    assert "--target onnx" in outcome.err
+    assert invoke(["compile", tiny_bundle, "--target", "cpu"]).code == 2
+    assert_refused(invoke(["compile", tmp_path / "nowhere", "--target", "rtx", "-q"]), 1, "is not there")
+    assert {name: (tiny_bundle / name).read_bytes() for name in names(tiny_bundle)} == before
 
 
 @pytest.mark.parametrize("arguments", [["inspect"], ["generate", "Once"]], ids=lambda value: value[0])
