@@ -87,7 +87,7 @@ class CudaDevice:
         )
 
     def pinned(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """A cleared array in page-locked memory of the host, which the device reads and writes by itself.
+        """An array, not cleared, in page-locked memory of the host, which the device reads and writes itself.
 
         Raises:
             DeviceError: The host has not enough.
@@ -95,7 +95,6 @@ class CudaDevice:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         address = _call(self._cudart.cudaMallocHost(size), f"lock {_mebibytes(size)} of the host's memory")
         memory = np.asarray(_HostMemory(self._cudart, int(address), size))
-        memory[:] = 0
         array: Array = memory.view(dtype).reshape(shape)
         return array
 

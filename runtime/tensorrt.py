@@ -131,8 +131,8 @@ class TensorRTBackend:
         bound = _Bound(launch.profile, launch.padded, launch.tokens, addresses, results.address)
         if bound == self._bound:
             return
-        engine, before, self._bound = self._engine, self._bound, None
-        if before is None or before.profile != launch.profile:
+        engine = self._engine
+        if self._bound is None or self._bound.profile != launch.profile:
             engine.select_profile(launch.profile)
         shape = (launch.padded, *buffers[0].shape[1:])
         for name, memory in ((INPUT_IDS, self._inputs.ids), (POSITION_IDS, self._inputs.positions)):

@@ -55,7 +55,7 @@ class Engine:
         self._context = self._engine.create_execution_context(*([] if config is None else [config]))
         if self._context is None:
             size = max(profile.activation_bytes for profile in info.profiles)
-            raise device.out_of_memory(size, "what a step computes")
+            raise self._cannot_load(path, size, "what a step computes")
 
     @property
     def tensors(self) -> dict[str, tuple[str, str]]:
@@ -107,15 +107,9 @@ class Engine:
                 engine = self._runtime.deserialize_cuda_engine(content)
         except (OSError, ValueError) as error:
             raise BundleError(f"{path} cannot be read: {error}.", "Check its permissions.") from error
-        if engine is not None:
-            return engine
-        free, _ = self._device.free_memory()
-        if free < info.weight_bytes:
-            raise self._device.out_of_memory(info.weight_bytes, "the weights")
-        raise BundleError(
-            f"{self._name} {self._trt.__version__} cannot load {path}: {self._logger.why()}.",
-            "Run `gemma-export verify`; if it finds nothing, compile the bundle again on this device.",
-        )
+        if engine is None:
+            raise self._cannot_load(path, info.weight_bytes, "the weights")
+        return engine
 
     def _configure(self, path: Path) -> Any | None:
         """What the context is created with, where there is something to configure."""
@@ -134,6 +128,16 @@ class Engine:
         if hasattr(config, "cuda_graph_strategy"):
             config.cuda_graph_strategy = self._trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config
+
+    def _cannot_load(self, path: Path, size: int, what: str) -> BundleError | DeviceError:
+        """TensorRT gives no reason a program could read: what is too large is told with the numbers."""
+        free, _ = self._device.free_memory()
+        if free < size:
+            return self._device.out_of_memory(size, what)
+        return BundleError(
+            f"{self._name} {self._trt.__version__} cannot load {path}: {self._logger.why()}.",
+            "Run `gemma-export verify`; if it finds nothing, compile the bundle again on this device.",
+        )
 
     def _check(self, done: bool, what: str) -> None:
         if not done:

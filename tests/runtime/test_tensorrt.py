@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.engine_bundle import DECODE, PREFILL, FakeEngineFile, decode_batch, write_engine_bundle
+from support.engine_bundle import (
+    DECODE,
+    PREFILL,
+    FakeEngineFile,
+    decode_batch,
+    engine_manifest,
+    write_engine_bundle,
+)
 from support.fake_device import FakeCudart, RuleBrokenError
 from support.fake_tensorrt import CudaGraphStrategy, FakeContext, FakeTensorRT
-from support.small_bundle import Shape
+from support.small_bundle import Shape, write_manifest
 
 from gemma_export.errors import BundleError, ContextFullError, DeviceError
 from gemma_export.runtime.bundle import open_bundle
@@ -109,6 +116,23 @@ def test_all_logits_of_several_rows_in_chunks(tmp_path: Path, tensorrt: FakeTens
     found = session.step(rows, session.new_cache(2))
     assert found.shape == (2, len(TOKENS), 2048)
     np.testing.assert_allclose(found, reference.step(rows, reference.new_cache(2)), atol=1e-4)
+
+
+def test_all_logits_of_a_batch_that_is_run_token_by_token(tmp_path: Path, tensorrt: FakeTensorRT) -> None:
+    shape, engine = Shape(logits="all"), FakeEngineFile((DECODE, decode_batch(2, 4)))
+    bundle = write_engine_bundle(tmp_path / "bundle", shape, engine)
+    session, reference = load(bundle), on_cpu(bundle)
+    rows = [TOKENS[:3], TOKENS[3:6]]
+    found = session.step(rows, session.new_cache(2))
+    np.testing.assert_allclose(found, reference.step(rows, reference.new_cache(2)), atol=1e-4)
+    assert profiles_run(tensorrt) == [1, 1, 1]
+
+
+def test_more_rows_than_a_chunk_has_tokens(tmp_path: Path, tensorrt: FakeTensorRT) -> None:
+    engine = FakeEngineFile((("prefill", (1, 1, 1), (1, 2, 2)), DECODE, decode_batch(4, 4)))
+    bundle = write_engine_bundle(tmp_path / "bundle", Shape(logits="last"), engine)
+    found = load(bundle).generate_batch(PROMPTS, max_new_tokens=4)
+    assert found == on_cpu(bundle).generate_batch(PROMPTS, max_new_tokens=4)
 
 
 def test_prefill_and_decode_take_their_profiles(engine_bundle: Path, tensorrt: FakeTensorRT) -> None:
@@ -219,6 +243,7 @@ def test_logits_stay_until_the_next_run_over_the_same_cache(
     kept = logits.copy()
     backend.run(np.array([[6]]), np.array([[0]]), second)
     np.testing.assert_array_equal(logits, kept)
+    assert backend.run(np.array([[6]]), np.array([[1]]), first) is logits
 
 
 @pytest.mark.parametrize(
@@ -250,6 +275,35 @@ def test_after_a_step_that_failed_the_next_one_works(
         session.step([prompt], ours)
     assert ours.lengths.tolist() == [len(TOKENS) + 1]
     np.testing.assert_allclose(session.step([prompt], ours), reference.step([prompt], theirs), atol=1e-4)
+
+
+def test_what_was_half_told_is_told_again(
+    engine_bundle: Path, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fails behind the change of the profile, before all shapes are set."""
+    session, reference = load(engine_bundle), on_cpu(engine_bundle)
+    ours, theirs = session.new_cache(), reference.new_cache()
+    for each, cache in ((session, ours), (reference, theirs)):
+        each.step([[5]], cache)
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeContext, "set_tensor_address", lambda self, name, memory: False)
+        with pytest.raises(DeviceError, match="could not take the address of input_ids on Fake GPU"):
+            session.step([[7, 8]], ours)
+    np.testing.assert_allclose(session.step([[6]], ours), reference.step([[6]], theirs), atol=1e-4)
+
+
+def test_an_error_tells_its_own_reason(
+    engine_bundle: Path, tensorrt: FakeTensorRT, cudart: FakeCudart
+) -> None:
+    session = load(engine_bundle)
+    cache = session.new_cache()
+    cudart.fail("execute_async_v3", 1)
+    with pytest.raises(DeviceError, match=r"could not run a step .* a kernel could not be launched"):
+        session.step([[5]], cache)
+    session.step([[5]], cache)
+    context(tensorrt).addresses.pop("logits")
+    with pytest.raises(DeviceError, match=r"could not run a step .* logits has no address"):
+        session.step([[5]], cache)
 
 
 def test_an_interrupted_step_leaves_nothing_under_way(
@@ -365,6 +419,13 @@ def test_tensorrt_itself_has_no_such_options(
     assert found == on_cpu(bundle).generate_batch(PROMPTS, max_new_tokens=6)
     gc.collect()
     assert not (tmp_path / "bundle.runtime-cache").exists()
+
+
+def test_what_was_compiled_from_an_onnx_bundle_is_run(tmp_path: Path, tensorrt: FakeTensorRT) -> None:
+    bundle = write_engine_bundle(tmp_path / "bundle")
+    write_manifest(bundle, {**engine_manifest(Shape(logits="last")), "target": "onnx"})
+    load(bundle).generate("a", max_new_tokens=2).close()
+    assert len(tensorrt.engines) == 1
 
 
 def test_the_fake_would_have_noticed(engine_bundle: Path, tensorrt: FakeTensorRT) -> None:

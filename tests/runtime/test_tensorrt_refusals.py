@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.engine_bundle import DECODE, LAST, PREFILL, FakeEngineFile, engine_manifest, write_engine_bundle
 from support.fake_device import FakeCudart
-from support.fake_tensorrt import FakeTensorRT
+from support.fake_tensorrt import FakeEngine, FakeTensorRT
 from support.small_bundle import Shape, write_manifest
 
 from gemma_export.errors import BundleError, DeviceError, MissingDependencyError
@@ -177,6 +177,25 @@ def test_an_engine_with_other_profiles(tmp_path: Path, tensorrt: FakeTensorRT) -
         load(bundle)
     change_profiles(bundle, lambda profiles: profiles[0]["tokens"].update(max=16))
     with pytest.raises(BundleError, match="its profile prefill has input_ids as"):
+        load(bundle)
+
+
+def test_an_engine_that_updates_another_cache(
+    engine_bundle: Path, tensorrt: FakeTensorRT, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeEngine, "get_aliased_input_tensor", lambda self, name: "past_key_values.0.key")
+    with pytest.raises(
+        BundleError, match=r"present\.0\.value is written in place of past_key_values\.0\.key"
+    ):
+        load(engine_bundle)
+
+
+def test_what_tensorrt_itself_says(tmp_path: Path, cudart: FakeCudart) -> None:
+    """The real module, which takes nothing that it did not build."""
+    real = pytest.importorskip("tensorrt_rtx")
+    engine = FakeEngineFile(version=real.__version__)
+    bundle = write_engine_bundle(tmp_path / "bundle", LAST, engine)
+    with pytest.raises(BundleError, match=r"cannot load .*model\.engine: .*Serialization"):
         load(bundle)
 
 
