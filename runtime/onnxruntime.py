@@ -16,9 +16,6 @@ _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 _NO_SATURATION = "session.x64quantprecision"
 _VNNI = ("avx512_vnni", "avx_vnni")
 
-# What onnxruntime evaluates at load, a weight's conversion to fp32 for one, it holds in memory whole.
-_KEEPING_WEIGHTS_AS_STORED = ["ConstantFolding"]
-
 
 class OnnxRuntimeBackend(LoadedGraph):
     """A `Backend` over onnxruntime's CPU provider.
@@ -27,7 +24,7 @@ class OnnxRuntimeBackend(LoadedGraph):
         bundle: A bundle that has been checked.
         threads: Threads within an operator; None lets onnxruntime take one per physical core.
         graph: A serialized graph to run in place of the bundle's, over the same weights; the manifest must
-            describe it. Its weights stay as they are stored and are converted when they are used.
+            describe it. It is run as it is written, operator by operator.
 
     Raises:
         BundleError: onnxruntime cannot load the graph, or the graph has another contract.
@@ -42,7 +39,9 @@ class OnnxRuntimeBackend(LoadedGraph):
         options.inter_op_num_threads = 1
         options.log_severity_level = FATAL
         if graph is not None:
-            # Weights are converted where the graph does so, not as early as can be, and then given back.
+            # As it is written: weights are mapped, and converted where the graph does so, not at load nor as
+            # early as can be; the memory is given back at once.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
             options.enable_cpu_mem_arena = False
         path = bundle.file(bundle.manifest.graph.file)
@@ -54,7 +53,6 @@ class OnnxRuntimeBackend(LoadedGraph):
                 graph or str(path),
                 options,
                 providers=["CPUExecutionProvider"],
-                disabled_optimizers=[] if graph is None else _KEEPING_WEIGHTS_AS_STORED,
             )
         except Exception as error:
             # onnxruntime's exceptions share no base of their own.

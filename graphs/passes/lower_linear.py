@@ -22,17 +22,17 @@ def lower_linear(model: ir.Model) -> int:
     graph = model.graph
     linears = [linear for node in graph if (linear := find_linear(node)) is not None]
     for linear in linears:
-        fused = ir.node(
-            "FusedMatMul",
-            [linear.product.inputs[0], linear.weight],
-            attributes={"transB": 1},
-            domain=MICROSOFT,
-        )
-        graph.insert_before(linear.product, fused)
-        new, old = fused.outputs[0], linear.output
-        stand_in(new, old)
-        old.replace_all_uses_with(new, replace_graph_outputs=True)
-        old.name = f"{new.name}.replaced"
-    if linears:
-        model.opset_imports[MICROSOFT] = 1
+        fuse(model, linear.product, linear.weight)
     return len(linears)
+
+
+def fuse(model: ir.Model, product: ir.Node, weight: ir.Value) -> None:
+    """Puts a product with W [N, K] in the place of one with W transposed."""
+    graph = model.graph
+    fused = ir.node("FusedMatMul", [product.inputs[0], weight], attributes={"transB": 1}, domain=MICROSOFT)
+    graph.insert_before(product, fused)
+    new, old = fused.outputs[0], product.outputs[0]
+    stand_in(new, old)
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
+    old.name = f"{new.name}.replaced"
+    model.opset_imports[MICROSOFT] = 1
