@@ -23,6 +23,7 @@ from gemma_export.exporter.bundle import (
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.engines.budget import MemoryPlan, check_memory
 from gemma_export.exporter.engines.options import EngineOptions
+from gemma_export.exporter.engines.preflight import check_compiler
 from gemma_export.exporter.engines.request import EngineRequest, Flavour, engine_files
 from gemma_export.exporter.schemes import scheme_for
 from gemma_export.runtime.bundle import Bundle, open_bundle
@@ -111,6 +112,8 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
         all_logits=manifest.graph.logits == "all",
     )
     check_memory(plan, options.known_device, options.memory)
+    graph = manifest.graph
+    check_compiler(request, bundle.path / graph.file, graph.inputs, graph.max_length)
     return request
 
 

@@ -47,19 +47,8 @@ from gemma_export.runtime.manifest import (
     QuantizationInfo,
     QuantizedTensor,
 )
-from gemma_export.runtime.parity import BUDGETS, Budget
 
 CODES_FOLDER = ".codes"
-QUANTIZED_RANDOM = Budget(
-    max_relative_error=0.5,
-    mean_kl=2.0,
-    max_kl=10.0,
-    top1_agreement=0.0,
-    perplexity_change=1.0,
-    reason="Random weights have no favourite token: of 256,000 logits some are always nearly equal, and "
-    "rounding weights without structure costs more than rounding a model's. A wrong graph is far outside.",
-)
-"""What the gate allows quantized random weights, which are there to try a size."""
 
 
 @dataclass(frozen=True)
@@ -218,6 +207,7 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
     Raises:
         UsageError: They would not fit where they are meant to run.
         MissingDependencyError: What compiles them is not installed.
+        EngineError: It compiles for the GPU at hand, and there is none.
     """
     engines = request.engine_request(source.config)
     if engines is None:
@@ -234,12 +224,18 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
         all_logits=request.logits == "all",
     )
     check_memory(plan, request.engines.known_device, request.engines.memory)
+    # Only a build with engines loads what compiles them.
+    from gemma_export.exporter.engines.preflight import check_compiler
+    from gemma_export.exporter.engines.profiles import decoder_inputs
+
+    shape = source.config
+    inputs = decoder_inputs(shape.num_layers, shape.num_kv_heads, slots, shape.head_dim, request.scheme.cache)
+    check_compiler(engines, Path(GRAPH_FILE), inputs, slots)
     return engines
 
 
 def _compile(engines: EngineRequest, manifest: Manifest, folder: Path, listener: events.Listener) -> Manifest:
     """Builds the engines, audits them, and enters them into the manifest."""
-    # A build without engines does not load what compiles them.
     from gemma_export.exporter.engines.build import build_engines
 
     graph = folder / manifest.graph.file
@@ -305,8 +301,7 @@ def _check_parity(
     """
     if request.parity == "none":
         return None
-    budget = _budget(request)
-    report = measure_parity(folder, source, level=request.parity, budget=budget, listener=listener)
+    report = measure_parity(folder, source, level=request.parity, listener=listener)
     if report.verdict == "fail" and not request.allow_parity_failure:
         raise ParityError(
             f"The bundle does not say what its reference says: {'; '.join(report.reasons)}.",
@@ -314,18 +309,6 @@ def _check_parity(
             "look at its parity.html.",
         )
     return report
-
-
-def _budget(request: BuildRequest) -> Budget:
-    """The precision's, with the bounds that were asked for in place of its own."""
-    budget = BUDGETS[request.precision]
-    if request.random_weights and request.scheme.products is not None:
-        budget = QUANTIZED_RANDOM
-    if request.max_kl is not None:
-        budget = replace(budget, mean_kl=request.max_kl)
-    if request.max_perplexity_increase is not None:
-        budget = replace(budget, perplexity_change=request.max_perplexity_increase / 100)
-    return budget
 
 
 def _summary(report: ParityReport, request: BuildRequest) -> ParitySummary:
