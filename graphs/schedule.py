@@ -13,8 +13,9 @@ import torch
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec, spec_cuda, spec_tensorrt
-from gemma_export.graphs.formats import Form
+from gemma_export.graphs.formats import TABLE, Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
+from gemma_export.graphs.passes.flatten_tokens import flatten_tokens
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
 from gemma_export.graphs.passes.fold_reshape import fold_reshape
@@ -30,11 +31,13 @@ from gemma_export.graphs.passes.name_values import name_values
 from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
 from gemma_export.graphs.passes.quantize_embedding import quantize_embedding
 from gemma_export.graphs.passes.quantize_linear import quantize_linear
+from gemma_export.graphs.passes.quantized_layers import TAKES_X
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
 from gemma_export.graphs.passes.reshape_gate_up import reshape_gate_up
 from gemma_export.graphs.passes.scatter_cache import scatter_cache
 from gemma_export.graphs.passes.share_embedding import share_embedding
 from gemma_export.graphs.passes.store_half import store_half
+from gemma_export.graphs.passes.transpose_lookup import transpose_lookup
 from gemma_export.graphs.quantization import Quantization
 
 Pass = Callable[[ir.Model], int]
@@ -170,8 +173,8 @@ def cuda(formats: Formats) -> Schedule:
     steps = (
         *_scaled(formats.quantization),
         Step(lower_group_query_attention, _once_a_layer),
-        Step(partial(quantize_linear, linears=linears)),
-        Step(partial(quantize_embedding, linears=linears)),
+        Step(partial(quantize_linear, linears=linears, accuracy_level=TAKES_X)),
+        Step(partial(quantize_embedding, linears=linears, accuracy_level=TAKES_X)),
         Step(lower_linear, lambda n: floats),
         Step(half),
         Step(remove_dead_code),
@@ -185,12 +188,23 @@ def tensorrt(formats: Formats) -> Schedule:
     Of both flavours: TensorRT, and TensorRT for RTX. It is also what the target `onnx` is, for a device to
     compile.
     """
-    halves, rules = Step(reshape_gate_up, _once_a_layer), spec_tensorrt.TENSORRT
-    steps: tuple[Step, ...] = (halves,)
+    steps: tuple[Step, ...] = (
+        Step(flatten_tokens, _products),
+        Step(reshape_gate_up, _once_a_layer),
+        Step(remove_dead_code),
+    )
+    rules = spec_tensorrt.TENSORRT
     if formats.quantization is not None:
         quantize = partial(quantize_dequantize, quantization=formats.quantization)
-        # Scales are folded into gate and up as they are split in the canonical graph.
-        steps = (*_scaled(formats.quantization), halves, Step(quantize), Step(remove_dead_code))
+        tables = int(formats.forms.get(TABLE) != "float")
+        steps = (
+            # First: scales are folded into gate and up as the canonical graph splits them.
+            *_scaled(formats.quantization),
+            *steps,
+            Step(quantize),
+            Step(transpose_lookup, lambda n: tables),
+            Step(remove_dead_code),
+        )
         rules = spec_tensorrt.quantized(formats.forms)
     if formats.compute != torch.float32:
         half = partial(half_precision, dtype=formats.compute, keep=formats.keep)

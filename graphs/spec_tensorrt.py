@@ -96,6 +96,34 @@ def codes_of_8_bits_have_one_step(model: ir.Model) -> str | None:
     return None
 
 
+def table_of_codes_is_read_once(model: ir.Model) -> str | None:
+    """Lookup and head read one transposed view of one DequantizeLinear; of numbers, one table as it is."""
+    tables = [_before(node.inputs[0], {"Transpose"}) for node in _nodes(model, "Gather")]
+    numbers = [
+        node
+        for node in tables
+        if node is not None and node.op_type == "DequantizeLinear" and streamed(node.inputs[0]) is not None
+    ]
+    if not numbers:
+        return spec.embedding_is_stored_once(model)
+    codes = numbers[0].inputs[0]
+    assert codes is not None
+    readers = [use.node for value in (codes, *numbers[0].outputs) for use in value.uses()]
+    if len(numbers) != 1 or [node.op_type for node in readers] != ["DequantizeLinear", "Transpose"]:
+        return f"{codes.name} is read by {', '.join(node.op_type for node in readers)}"
+    views = sorted(use.node.op_type for use in readers[1].outputs[0].uses())
+    return None if views == ["Gather", "MatMul"] else f"{codes.name} is read by {', '.join(views)}"
+
+
+def products_are_of_two_matrices(model: ir.Model) -> str | None:
+    """With an axis for the batch, a profile for several rows stores weights of its own."""
+    for node in _nodes(model, "MatMul"):
+        x = node.inputs[0]
+        if x is None or x.shape is None or len(x.shape) != 2:
+            return f"{node.name} reads {x.name if x else 'nothing'} {list(x.shape or ()) if x else ''}"
+    return None
+
+
 def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == op_type]
 
@@ -122,6 +150,7 @@ _RULES: tuple[spec.Rule, ...] = (
     operands_have_one_format,
     caches_are_scattered_in_place,
     weights_are_rows_behind_one_transpose,
+    products_are_of_two_matrices,
     products_get_an_axis_before_they_are_split,
 )
 TENSORRT = spec.Spec("TensorRT", (*_RULES, spec.embedding_is_stored_once))
@@ -131,7 +160,7 @@ def quantized(forms: Mapping[str, Form]) -> spec.Spec:
     """The rules of a quantized graph, and that its products have the forms chosen for them, by name."""
     rules = (
         *_RULES,
-        spec.dequantized_table_is_stored_once,
+        table_of_codes_is_read_once,
         spec.no_weight_is_stored_twice,
         codes_only_become_numbers,
         codes_of_8_bits_have_one_step,

@@ -1,7 +1,7 @@
 """For TensorRT: gate and up get an axis of their own before they are split.
 
-    gate, up = Split(product [B, T, 2·f], last axis)
-        →  Split(Reshape(product, [B, T, 2, f]), axis 2), each half reshaped to [B, T, f]
+    gate, up = Split(product [.., 2·f], last axis)
+        →  Split(Reshape(product, [.., 2, f]), last axis but one), each half reshaped to [.., f]
 
 Where a product is split along its last axis TensorRT may cut the weight instead, and does so for one profile
 and not for the other: 16-bit weights of gate and up are then stored once for each. No number is moved: the
@@ -28,7 +28,7 @@ def reshape_gate_up(model: ir.Model) -> int:
 
 
 def _splits_a_pair(node: ir.Node) -> bool:
-    """Whether a node halves the product [B, T, 2·f] with a stored weight along its last axis."""
+    """Whether a node halves the product [.., 2·f] with a stored weight along its last axis."""
     product = node.inputs[0] if node.op_type == "Split" else None
     if product is None or find_linear(product.producer()) is None or product.shape is None:
         return False
@@ -45,14 +45,14 @@ def _split_pair(graph: ir.Graph, split: ir.Node) -> None:
     *tokens, width = product.shape
     assert isinstance(width, int)
     half = width // 2
-    pair = _reshape(graph, product, [*tokens, 2, half])
+    pair = _reshape(graph, product, [*tokens, 2, half], len(tokens))
     halves = ir.node(
         "Split", [pair.outputs[0]], attributes={"axis": len(tokens), "num_outputs": 2}, num_outputs=2
     )
     nodes = [pair, halves]
     for old, new in zip(split.outputs, halves.outputs, strict=True):
         _describe(new, f"{old.name}.pair", [*tokens, 1, half], product.dtype)
-        flat = _reshape(graph, new, [*tokens, half])
+        flat = _reshape(graph, new, [*tokens, half], len(tokens))
         stand_in(flat.outputs[0], old)
         old.replace_all_uses_with(flat.outputs[0])
         nodes.append(flat)
@@ -60,9 +60,9 @@ def _split_pair(graph: ir.Graph, split: ir.Node) -> None:
     graph.remove(split, safe=True)
 
 
-def _reshape(graph: ir.Graph, value: ir.Value, shape: list[int | ir.SymbolicDim]) -> ir.Node:
-    """Reshapes a value; the first axes, those of batch and tokens, are copied."""
-    sizes = [0, 0, *shape[2:]]
+def _reshape(graph: ir.Graph, value: ir.Value, shape: list[int | ir.SymbolicDim], copied: int) -> ir.Node:
+    """Reshapes a value; so many axes are copied, those of its tokens."""
+    sizes = [*[0] * copied, *shape[copied:]]
     name = f"shape_{'_'.join(map(str, sizes))}"
     node = ir.node("Reshape", [value, add_constant(graph, name, sizes, ir.DataType.INT64)])
     _describe(node.outputs[0], f"{value.name}.pair", shape, value.dtype)

@@ -14,20 +14,32 @@ from gemma_export.graphs import schedule, spec
 from gemma_export.graphs.tensors import streamed
 
 LAYERS = 2
-STEPS = (*schedule.CANONICAL, *schedule.CPU)
+FP32 = schedule.Formats(torch.float32, torch.float32)
+STEPS = {
+    "canonical": schedule.CANONICAL,
+    "cpu": schedule.cpu(FP32).steps,
+    "tensorrt": schedule.tensorrt(FP32).steps,
+}
+"""The steps of each schedule; every lowering begins after those of the canonical graph."""
+EACH_STEP = [(name, index) for name, steps in STEPS.items() for index in range(len(steps))]
 MakeGraph = Callable[..., ir.Model]
 
 # A pass may change the order of sums and nothing else: some 50 roundings of 2^-24 on values around 1.
 TOLERANCE = 5e-6
 
 
-@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.run.__name__)
+@pytest.mark.parametrize(
+    ("name", "index"), EACH_STEP, ids=[f"{name}-{STEPS[name][index].name}" for name, index in EACH_STEP]
+)
 @pytest.mark.parametrize("num_kv_heads", [1, 4], ids=["mqa", "mha"])
 def test_a_pass_fires_as_often_as_it_must_and_changes_no_number(
-    raw_graph: MakeGraph, step: schedule.Step, num_kv_heads: int
+    raw_graph: MakeGraph, name: str, index: int, num_kv_heads: int
 ) -> None:
     model = raw_graph(num_kv_heads)
-    schedule.run(model, STEPS[: STEPS.index(step)])
+    step = STEPS[name][index]
+    if name != "canonical":
+        schedule.run(model, STEPS["canonical"])
+    schedule.run(model, STEPS[name][:index])
     start, tokens = 2, 3
     feeds = decoder_feeds(model, batch=1, tokens=tokens, start=start)
     before = run(model, feeds)
@@ -39,10 +51,12 @@ def test_a_pass_fires_as_often_as_it_must_and_changes_no_number(
         assert count == step.expected(LAYERS)
     after = run(model, feeds)
     assert list(after) == list(before)
-    for name, values in before.items():
+    for output, values in before.items():
         # Of a cache only the valid slots: what the others hold is never seen.
-        valid = np.s_[:] if name == "logits" else np.s_[:, :, : start + tokens]
-        np.testing.assert_allclose(after[name][valid], values[valid], rtol=0, atol=TOLERANCE, err_msg=name)
+        valid = np.s_[:] if output == "logits" else np.s_[:, :, : start + tokens]
+        np.testing.assert_allclose(
+            after[output][valid], values[valid], rtol=0, atol=TOLERANCE, err_msg=output
+        )
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4], ids=["mqa", "gqa", "mha"])
@@ -51,8 +65,9 @@ def test_a_pass_fires_as_often_as_it_must_and_changes_no_number(
     [(1, 1, 0), (1, 5, 0), (1, 4, 7), (1, 16, 0), (1, 1, 15), (3, 5, 0), (3, 1, 9)],
     ids=["first", "prompt", "chunk", "full", "last slot", "batch of prompts", "batch of steps"],
 )
+@pytest.mark.parametrize("target", [None, "cpu", "onnx"], ids=["canonical", "cpu", "onnx"])
 def test_lowered_graphs_compute_what_the_decoder_computes(
-    raw_graph: MakeGraph, num_kv_heads: int, batch: int, tokens: int, start: int
+    raw_graph: MakeGraph, target: str | None, num_kv_heads: int, batch: int, tokens: int, start: int
 ) -> None:
     model = raw_graph(num_kv_heads)
     decoder = _decoder(model, num_kv_heads)
@@ -62,17 +77,15 @@ def test_lowered_graphs_compute_what_the_decoder_computes(
         logits, presents = decoder(
             torch.from_numpy(feeds["input_ids"]), torch.from_numpy(feeds["position_ids"]), caches
         )
-    for lowered in (False, True):
-        if lowered:
-            schedule.lower(model, "cpu", torch.float32, torch.float32)
-        else:
-            schedule.canonicalize(model)
-        results = list(run(model, feeds).values())
-        np.testing.assert_allclose(results[0], logits, rtol=0, atol=TOLERANCE * float(logits.abs().max()))
-        stop = start + tokens
-        for result, present in zip(results[1:], presents, strict=True):
-            # Slots past the valid ones may hold anything: no token sees them before they are written.
-            np.testing.assert_allclose(result[:, :, :stop], present[:, :, :stop], rtol=0, atol=TOLERANCE)
+    schedule.canonicalize(model)
+    if target is not None:
+        schedule.lower(model, target, torch.float32, torch.float32)
+    results = list(run(model, feeds).values())
+    np.testing.assert_allclose(results[0], logits, rtol=0, atol=TOLERANCE * float(logits.abs().max()))
+    stop = start + tokens
+    for result, present in zip(results[1:], presents, strict=True):
+        # Slots past the valid ones may hold anything: no token sees them before they are written.
+        np.testing.assert_allclose(result[:, :, :stop], present[:, :, :stop], rtol=0, atol=TOLERANCE)
 
 
 def _decoder(model: ir.Model, num_kv_heads: int) -> Decoder:
