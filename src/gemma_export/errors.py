@@ -59,6 +59,10 @@ class ParityError(GemmaExportError):
     """A bundle that does not say what its reference says, within its precision's budget."""
 
 
+class EngineError(GemmaExportError):
+    """A graph that TensorRT does not compile, or an engine that is not the one that was asked for."""
+
+
 class DeviceError(GemmaExportError):
     """A device that is missing, too old, out of memory, or that failed."""
 

@@ -1,0 +1,147 @@
+"""What a graph promises of its engine: inputs, caches, and each stored weight with its users and its type."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+from google.protobuf.message import DecodeError
+
+from gemma_export.errors import EngineError
+from gemma_export.runtime.manifest import TensorSpec
+
+_LAYOUT = frozenset({"Cast", "Identity", "Reshape", "Transpose"})
+_TYPES = {
+    ir.DataType.FLOAT: "Float",
+    ir.DataType.FLOAT16: "Half",
+    ir.DataType.BFLOAT16: "BFloat16",
+    ir.DataType.INT8: "Int8",
+    ir.DataType.INT4: "Int4",
+}
+"""TensorRT's own spelling."""
+CODES = ("Int8", "Int4")
+FLOATS = ("Float", "Half", "BFloat16")
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """An operator that computes with a weight.
+
+    Attributes:
+        operator: The ONNX node's name.
+        weight: The initializer's.
+        count: How many numbers it has.
+        type: As it is stored: `Half`, `BFloat16`, `Float`, `Int8` or `Int4`.
+        codes: Whether the operator's other operand is rounded to codes too.
+    """
+
+    operator: str
+    weight: str
+    count: int
+    type: str
+    codes: bool
+
+
+@dataclass(frozen=True)
+class EngineGraph:
+    """A graph that is to be compiled.
+
+    Attributes:
+        file: Its file, beside its weights.
+        inputs: Its inputs.
+        caches: Names of its cache outputs, two a layer.
+        slots: Of a cache row.
+        uses: Of its weights.
+        types: Of its inputs and weights, in TensorRT's spelling.
+    """
+
+    file: Path
+    inputs: tuple[TensorSpec, ...]
+    caches: tuple[str, ...]
+    slots: int
+    uses: tuple[WeightUse, ...]
+    types: frozenset[str]
+
+
+def read_graph(file: Path) -> EngineGraph:
+    """Reads all of a bundle's graph but its weights.
+
+    Raises:
+        EngineError: It is no ONNX file, or not the graph of a decoder.
+    """
+    try:
+        graph = ir.load(file).graph
+    except (DecodeError, OSError, ValueError) as error:
+        raise EngineError(
+            f"{file} is no ONNX file that can be read: {error}.",
+            "Build the bundle again, or fetch it again.",
+        ) from error
+    inputs = tuple(_spec(value) for value in graph.inputs)
+    caches = [spec.shape for spec in inputs if len(spec.shape) == 4]
+    if not caches or not isinstance(slots := caches[0][2], int) or len(graph.outputs) != 1 + len(caches):
+        raise EngineError(
+            f"{file} is not a decoder's graph: it has no cache of a fixed length.",
+            "Give the bundle that `gemma-export build` wrote.",
+        )
+    values = (*graph.inputs, *graph.initializers.values())
+    return EngineGraph(
+        file,
+        inputs,
+        tuple(str(value.name) for value in graph.outputs[1:]),
+        slots,
+        tuple(_weight_uses(graph)),
+        frozenset(_TYPES[value.dtype] for value in values if value.dtype in _TYPES),
+    )
+
+
+def _spec(value: ir.Value) -> TensorSpec:
+    shape = () if value.shape is None else tuple(d if isinstance(d, int) else str(d) for d in value.shape)
+    return TensorSpec(str(value.name), "" if value.dtype is None else value.dtype.name, shape)
+
+
+def _weight_uses(graph: ir.Graph) -> list[WeightUse]:
+    """Every product with a stored matrix, and every lookup in one, in the graph's order."""
+    uses = []
+    for node in graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            operands = [(node.inputs[1], node.inputs[0]), (node.inputs[0], node.inputs[1])]
+        elif node.op_type == "Gather":
+            operands = [(node.inputs[0], None)]
+        else:
+            continue
+        for operand, other in operands:
+            weight = _stored(operand)
+            if weight is None or weight.shape is None or len(weight.shape) != 2 or weight.dtype not in _TYPES:
+                continue
+            count = math.prod(int(size) for size in weight.shape)
+            uses.append(
+                WeightUse(str(node.name), str(weight.name), count, _TYPES[weight.dtype], _is_rounded(other))
+            )
+            break
+    return uses
+
+
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """The initializer that a value is another form of."""
+    for step in _back(value):
+        if step.is_initializer():
+            return step
+    return None
+
+
+def _is_rounded(value: ir.Value | None) -> bool:
+    """Whether a value went through codes."""
+    return any(
+        (node := step.producer()) is not None and node.op_type == "DequantizeLinear" for step in _back(value)
+    )
+
+
+def _back(value: ir.Value | None) -> Iterator[ir.Value]:
+    """A value and those it is another form of."""
+    while value is not None:
+        yield value
+        node = value.producer()
+        if node is None or node.op_type not in _LAYOUT | {"DequantizeLinear"}:
+            return
+        value = node.inputs[0]
