@@ -25,41 +25,34 @@ class Naming:
         embedding: Its name for the embedding table, by which the kind is known.
         norm: Its name for the last norm.
         layers: What its names for a layer's tensors begin with, `{i}` being the layer.
-        parts: Its name for a tensor of a layer → the canonical ones, stacked along the rows in that order.
+        stacked: Its name for a tensor of a layer that is several → the canonical ones, in the order of their
+            rows. Every other tensor of a layer has its canonical name.
         ignored: Endings of names that hold no weights: tables that are computed anew.
     """
 
     embedding: str
     norm: str
     layers: str
-    parts: Mapping[str, tuple[str, ...]]
+    stacked: Mapping[str, tuple[str, ...]]
     ignored: tuple[str, ...]
 
-    def table(self, num_layers: int) -> dict[str, tuple[str, ...]]:
-        """Every name in a checkpoint → the canonical names of what is in it."""
+    def table(self, config: GemmaConfig) -> dict[str, tuple[str, ...]]:
+        """Every name in a checkpoint of a model → the canonical names of what is in it."""
+        within = {one for parts in self.stacked.values() for one in parts}
+        alone = {part: (part,) for part in config.layer_shapes if part not in within}
         table: dict[str, tuple[str, ...]] = {self.embedding: ("embed_tokens.weight",)}
-        for i in range(num_layers):
-            for part, canonical in self.parts.items():
+        for i in range(config.num_layers):
+            for part, canonical in {**alone, **self.stacked}.items():
                 name = f"{self.layers.format(i=i)}.{part}.weight"
                 table[name] = tuple(f"layers.{i}.{one}.weight" for one in canonical)
         return table | {self.norm: ("norm.weight",)}
 
 
-_SAME = (
-    "input_layernorm",
-    "self_attn.o_proj",
-    "post_attention_layernorm",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
-_PROJECTIONS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-
 HUGGING_FACE = Naming(
     embedding="model.embed_tokens.weight",
     norm="model.norm.weight",
     layers="model.layers.{i}",
-    parts={part: (part,) for part in (*_SAME, *_PROJECTIONS)},
+    stacked={},
     ignored=(".rotary_emb.inv_freq",),
 )
 # Saved from the model without its head.
@@ -71,14 +64,15 @@ GOOGLE = Naming(
     embedding="embedder.weight",
     norm="model.norm.weight",
     layers="model.layers.{i}",
-    parts={part: (part,) for part in _SAME} | {"self_attn.qkv_proj": _PROJECTIONS},
+    stacked={"self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")},
     ignored=("freqs_cis",),
 )
 NAMINGS = (HUGGING_FACE, HUGGING_FACE_BARE, GOOGLE)
 
-# Part of a name that no Gemma 1 has → what has it.
+# Part of a name that no Gemma 1 or 2 has → what has it.
 _TELLTALES = {
-    "pre_feedforward_layernorm": "this is a later Gemma than 1",
+    "q_norm": "this is a later Gemma than 2",
+    "query_norm": "this is a later Gemma than 2",
     "weight_scaler": "this is one of Google's int8 checkpoints",
     "lora_": "this is a LoRA adapter, or a model that it was not merged into",
     "qweight": "this checkpoint is quantized",
@@ -86,7 +80,8 @@ _TELLTALES = {
     "quant_state": "this checkpoint is quantized",
     "absmax": "this checkpoint is quantized",
 }
-_ORIGINAL = "Give an unmodified Gemma 1 checkpoint in fp32, fp16 or bf16."
+_LATER = {"pre_feedforward_layernorm": "this is a later Gemma than 1"}
+_ORIGINAL = "Give an unmodified Gemma 1 or 2 checkpoint in fp32, fp16 or bf16."
 _HEAD = "lm_head.weight"
 _HEAD_SAMPLES = 64
 
@@ -96,7 +91,7 @@ def config_for(checkpoint: Checkpoint, size: str | None = None) -> GemmaConfig:
 
     Args:
         checkpoint: The checkpoint.
-        size: The size it must have, `tiny`, `2b` or `7b`; None takes any.
+        size: The size it must have, one of `SIZES`; None takes any.
 
     Returns:
         The checkpoint's own; without one, the size's, with as many tokens as the embedding table has rows. A
@@ -144,7 +139,7 @@ def canonical_weights(checkpoint: Checkpoint, config: GemmaConfig) -> dict[str, 
     shapes = config.weight_shapes
     remaining: dict[str, LazyTensor] = dict(checkpoint)
     weights: dict[str, LazyTensor] = {}
-    for name, canonical in naming.table(config.num_layers).items():
+    for name, canonical in naming.table(config).items():
         tensor = remaining.pop(name, None)
         if tensor is None:
             raise CheckpointError(
@@ -174,7 +169,7 @@ def naming_of(checkpoint: Checkpoint) -> Naming:
     """How a checkpoint names its tensors.
 
     Raises:
-        CheckpointError: As no Gemma 1 does.
+        CheckpointError: As no Gemma 1 or 2 does.
     """
     telltales = [name for name in checkpoint if _telltale(name)]
     if telltales:
@@ -211,7 +206,7 @@ def _parts(
 def _mismatch(checkpoint: Checkpoint, naming: Naming, config: GemmaConfig) -> str | None:
     """The first tensor that is not what a configuration says, as a clause; None where all are."""
     shapes = config.weight_shapes
-    table = naming.table(config.num_layers)
+    table = naming.table(config)
     for name, canonical in table.items():
         expected = _stacked([shapes[one] for one in canonical])
         if name not in checkpoint:
@@ -235,22 +230,22 @@ def _require_tied(head: LazyTensor, table: LazyTensor) -> None:
         tied = all(torch.equal(head.read(row, row + 1), table.read(row, row + 1)) for row in spread)
     if not tied:
         raise CheckpointError(
-            f"{head.name} is not {table.name}: in a Gemma 1 the output head is the embedding table.",
+            f"{head.name} is not {table.name}: in a Gemma the output head is the embedding table.",
             _ORIGINAL,
         )
 
 
 def _leftovers(checkpoint: Checkpoint, names: list[str]) -> CheckpointError:
-    what = next((what for name in names if (what := _telltale(name))), None)
+    what = next((what for name in names if (what := _telltale(name, _TELLTALES | _LATER))), None)
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     why = f"; {what}" if what else ""
     return CheckpointError(
-        f"{checkpoint.source} holds what no Gemma 1 has: {', '.join(names[:5])}{more}{why}.", _ORIGINAL
+        f"{checkpoint.source} holds what no such Gemma has: {', '.join(names[:5])}{more}{why}.", _ORIGINAL
     )
 
 
-def _telltale(name: str) -> str | None:
-    return next((what for part, what in _TELLTALES.items() if part in name), None)
+def _telltale(name: str, telltales: Mapping[str, str] = _TELLTALES) -> str | None:
+    return next((what for part, what in telltales.items() if part in name), None)
 
 
 def _dtype_name(tensor: LazyTensor) -> str:

@@ -73,13 +73,16 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "tensor missing": (lambda folder: change_weights(folder, lambda state: state.pop(DOWN)), f"no {DOWN}"),
     "tensor extra": (
         lambda folder: change_weights(folder, lambda state: state.update(extra=torch.zeros(2))),
-        "holds what no Gemma 1 has: extra",
+        "holds what no such Gemma has: extra",
     ),
     "tensor misshapen": (set_weight(DOWN, lambda weight: weight[:-1].clone()), f"{DOWN} has the shape"),
     "tensor renamed": (rename(NORM, "model.layers.0.norm1.weight"), f"no {NORM}"),
     "tensor of integers": (set_weight(DOWN, lambda weight: weight.to(torch.int8)), "is int8"),
     "Llama": (set_config(model_type="llama", architectures=["LlamaForCausalLM"]), "only Gemma 1"),
-    "Gemma 2": (set_config(model_type="gemma2", architectures=["Gemma2ForCausalLM"]), "only Gemma 1"),
+    "Gemma 2": (
+        set_config(model_type="gemma2", architectures=["Gemma2ForCausalLM"]),
+        "does not give sliding_window",
+    ),
     "extended context": (set_config(rope_scaling={"rope_type": "yarn"}), "rotary embeddings"),
     "quantized": (set_config(quantization_config={"quant_method": "gptq"}), "quantization_config"),
     "impossible head": (set_config(head_dim=7), "head_dim = 7"),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,20 @@ LITTLE = GemmaConfig(
     head_dim=8,
     intermediate_size=40,
     context_length=64,
+)
+
+
+# The same with everything that the second generation adds; the scale is not that of the heads' width.
+LITTLE_2 = replace(
+    LITTLE,
+    name="gemma2",
+    family="gemma2",
+    layer_kinds=("local", "global", "local"),
+    sliding_window=8,
+    attention_softcap=5.0,
+    final_softcap=3.0,
+    query_pre_attn_scalar=12,
+    post_norms=True,
 )
 
 
@@ -85,6 +100,19 @@ def config_json(config: GemmaConfig = LITTLE, transformers: int = 5, **changes: 
             "dtype": "bfloat16",
             "tie_word_embeddings": True,
         }
+    if config.family == "gemma2":
+        values |= {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": config.sliding_window,
+            "attn_logit_softcapping": config.attention_softcap,
+            "final_logit_softcapping": config.final_softcap,
+            "query_pre_attn_scalar": config.query_pre_attn_scalar,
+        }
+        if transformers == 5:
+            types = {"local": "sliding_attention", "global": "full_attention"}
+            values["layer_types"] = [types[kind] for kind in config.layer_kinds]
     values |= changes
     return {key: value for key, value in values.items() if key not in changes or value is not None}
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.checkpoints import (
     LITTLE,
+    LITTLE_2,
     google_state_dict,
     state_dict,
     write_google,
@@ -18,7 +19,7 @@ from support.checkpoints import (
 from gemma_export.errors import CheckpointError, UsageError
 from gemma_export.exporter.checkpoints.checkpoint import Checkpoint, RandomCheckpoint, open_checkpoint
 from gemma_export.exporter.checkpoints.weights import canonical_weights, config_for
-from gemma_export.exporter.config import GemmaConfig, preset, tiny_folder
+from gemma_export.exporter.config import SIZES, GemmaConfig, preset, tiny_folder
 
 State = dict[str, torch.Tensor]
 
@@ -62,29 +63,39 @@ def without_prefix(state: State) -> State:
     return {name.removeprefix("model."): tensor for name, tensor in state.items()}
 
 
+both_generations = pytest.mark.parametrize("config", [LITTLE, LITTLE_2], ids=["gemma", "gemma2"])
+
+
+@both_generations
 @pytest.mark.parametrize("rename", [dict, without_prefix, google_state_dict], ids=["hub", "bare", "google"])
-def test_every_naming_gives_the_canonical_weights(rename: Callable[[State], State]) -> None:
-    state = state_dict()
-    weights = canonical_weights(checkpoint_of(rename(state)), LITTLE)
-    assert list(weights) == list(LITTLE.weight_shapes)
-    for name, shape in LITTLE.weight_shapes.items():
+def test_every_naming_gives_the_canonical_weights(
+    rename: Callable[[State], State], config: GemmaConfig
+) -> None:
+    state = state_dict(config)
+    weights = canonical_weights(checkpoint_of(rename(state)), config)
+    assert list(weights) == list(config.weight_shapes)
+    for name, shape in config.weight_shapes.items():
         tensor = weights[name]
         assert (tensor.shape, tensor.dtype) == (shape, torch.bfloat16)
         assert torch.equal(tensor.read(0, shape[0]), state[f"model.{name}"])
         assert torch.equal(tensor.read(3, 5), state[f"model.{name}"][3:5])
 
 
+@both_generations
 @pytest.mark.parametrize("write", [write_single, write_sharded, write_google])
-def test_every_form_gives_the_canonical_weights(write: Callable[..., Path], tmp_path: Path) -> None:
-    state = state_dict()
-    weights = canonical_weights(open_checkpoint(write(tmp_path, state)), LITTLE)
+def test_every_form_gives_the_canonical_weights(
+    write: Callable[..., Path], config: GemmaConfig, tmp_path: Path
+) -> None:
+    state = state_dict(config)
+    weights = canonical_weights(open_checkpoint(write(tmp_path, state)), config)
     assert len(weights) == len(state)
     for name, tensor in weights.items():
         assert torch.equal(tensor.read(0, tensor.shape[0]), state[f"model.{name}"])
 
 
 def test_random_weights_and_what_ships_are_whole() -> None:
-    for checkpoint in (RandomCheckpoint(preset("7b")), open_checkpoint(tiny_folder())):
+    sizes = [RandomCheckpoint(preset(size)) for size in ("7b", "gemma2-27b")]
+    for checkpoint in (*sizes, open_checkpoint(tiny_folder())):
         config = config_for(checkpoint)
         weights = canonical_weights(checkpoint, config)
         assert {name: tensor.shape for name, tensor in weights.items()} == config.weight_shapes
@@ -139,7 +150,8 @@ def test_other_dtypes_are_refused_by_tensor(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.layers.0.pre_feedforward_layernorm.weight", "later Gemma"),
+        ("model.layers.0.pre_feedforward_layernorm.weight", "later Gemma than 1"),
+        ("model.layers.0.self_attn.q_norm.weight", "later Gemma than 2"),
         ("model.layers.0.self_attn.qkv_proj.weight_scaler", "int8"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", "LoRA"),
         ("model.layers.0.mlp.up_proj.qweight", "quantized"),
@@ -147,6 +159,14 @@ def test_other_dtypes_are_refused_by_tensor(dtype: torch.dtype) -> None:
 )
 def test_other_kinds_of_checkpoint_are_told_by_their_names(name: str, said: str) -> None:
     refused(state_dict() | {name: torch.zeros(3)}, name, said)
+
+
+@pytest.mark.parametrize("rename", [dict, google_state_dict], ids=["hub", "google"])
+def test_a_generation_is_not_taken_for_the_other(rename: Callable[[State], State]) -> None:
+    with pytest.raises(CheckpointError, match=r"has no model\.layers\.0\.pre_feedforward_layernorm\.weight"):
+        canonical_weights(checkpoint_of(rename(state_dict(LITTLE))), LITTLE_2)
+    with pytest.raises(CheckpointError, match="later Gemma than 1"):
+        canonical_weights(checkpoint_of(rename(state_dict(LITTLE_2))), LITTLE)
 
 
 # --- The output head
@@ -187,7 +207,7 @@ def shapes_only(config: GemmaConfig, read_config: GemmaConfig | None = None) -> 
     return Checkpoint(tensors, "safetensors", "here", read_config)
 
 
-@pytest.mark.parametrize("size", ["tiny", "2b", "7b"])
+@pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("vocab_size", [256_128, 2_048])
 def test_the_size_is_found_by_shape_and_the_vocabulary_by_the_table(size: str, vocab_size: int) -> None:
     config = replace(preset(size), vocab_size=vocab_size)
