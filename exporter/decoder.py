@@ -1,12 +1,14 @@
-"""The Gemma decoder as one small torch module with static KV-cache inputs.
+"""The Gemma decoder, of either generation, as one small torch module with static KV-cache inputs.
 
-It is written in plain torch operators and used twice: traced, it is the source of every graph; run eagerly,
-layer by layer in fp32, it is the reference that bundles are held against.
+What a generation adds, windows, soft-caps and norms, is in the configuration. The module is written in plain
+torch operators and used twice: traced, it is the source of every graph; run eagerly, layer by layer in fp32,
+it is the reference that bundles are held against.
 
 Symbols in the shape comments: B batch, T tokens, S cache slots, d hidden size, H query heads, K KV heads,
 G = H / K query heads per KV head, h head_dim, f width of one of gate and up, V vocabulary.
 
-Sources: Gemma report (arXiv 2403.08295) section 2; google/gemma_pytorch `gemma/model.py`.
+Sources: Gemma report (arXiv 2403.08295) section 2; Gemma 2 report (arXiv 2408.00118) section 2;
+google/gemma_pytorch `gemma/model.py`.
 """
 
 import torch
@@ -52,14 +54,35 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-def causal_mask(position_ids: Tensor, max_length: int) -> Tensor:
-    """Additive mask [B, 1, T, S]: 0 where slot <= position, the dtype's finite minimum elsewhere.
+def causal_mask(position_ids: Tensor, max_length: int, window: int | None = None) -> Tensor:
+    """Additive mask [B, 1, T, S]: 0 where position - window < slot <= position, a finite minimum elsewhere.
 
     Finite, so that a row can never become 0/0; a minimum of another dtype would turn to -inf in fp16.
+
+    Args:
+        position_ids: int64 [B, T].
+        max_length: S.
+        window: Tokens that are seen, the position's own among them; None for all before it.
     """
-    slots = torch.arange(max_length, device=position_ids.device)
-    visible = slots[None, None, None, :] <= position_ids[:, None, :, None]
+    slots = torch.arange(max_length, device=position_ids.device)[None, None, None, :]
+    positions = position_ids[:, None, :, None]
+    visible = slots <= positions
+    if window is not None:
+        visible = visible & (slots > positions - window)
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+
+
+def layer_masks(config: GemmaConfig, position_ids: Tensor, max_length: int) -> list[Tensor]:
+    """The mask of every layer [B, 1, T, S]; layers of one kind have one and the same."""
+    masks = {
+        window: causal_mask(position_ids, max_length, window) for window in dict.fromkeys(config.windows)
+    }
+    return [masks[window] for window in config.windows]
+
+
+def soft_cap(x: Tensor, cap: float | None) -> Tensor:
+    """The soft-cap cap · tanh(x / cap): x where x is small, and never beyond the cap. For None, x itself."""
+    return x if cap is None else torch.tanh(x / cap) * cap
 
 
 class Attention(nn.Module):
@@ -72,7 +95,7 @@ class Attention(nn.Module):
             config.num_kv_heads,
             config.head_dim,
         )
-        self.scale = config.head_dim**-0.5
+        self.scale, self.softcap = config.attention_scale, config.attention_softcap
         size, kv_size = config.num_query_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
@@ -102,6 +125,7 @@ class Attention(nn.Module):
         # The G query heads of one KV head follow each other, so folding them into the rows is a reshape.
         grouped = q.reshape(q.shape[0], self.kv_heads, -1, q.shape[2], self.head_dim)  # [B, K, G, T, h]
         scores = grouped @ key[:, :, None].transpose(-1, -2) * self.scale  # [B, K, G, T, S]
+        scores = soft_cap(scores, self.softcap)  # Before the mask: what is masked has no cap.
         weights = torch.softmax(scores + mask[:, :, None], dim=-1)
         attended = (weights @ value[:, :, None]).reshape(q.shape)  # [B, H, T, h]
         merged = attended.transpose(1, 2).reshape(x.shape[0], x.shape[1], -1)  # [B, T, H·h]
@@ -127,7 +151,7 @@ class GatedMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One block: x + attention(norm(x)), then x + mlp(norm(x)); post-norms go around attention and MLP."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -135,6 +159,15 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
+        self.post_norms = config.post_norms
+        if config.post_norms:
+            self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    @property
+    def mlp_norm(self) -> RMSNorm:
+        """The norm whose output the MLP reads."""
+        return self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
 
     def forward(
         self,
@@ -163,8 +196,11 @@ class DecoderLayer(nn.Module):
         attended, key, value = self.self_attn(
             self.input_layernorm(x), position_ids, cos, sin, mask, key, value
         )
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), key, value
+        if not self.post_norms:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), key, value
+        x = x + self.post_attention_layernorm(attended)
+        return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), key, value
 
 
 class Decoder(nn.Module):
@@ -181,7 +217,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> None:
         super().__init__()
-        self.max_length, self.all_logits = max_length, all_logits
+        self.config, self.max_length, self.all_logits = config, max_length, all_logits
         self.embedding_scale: float = config.hidden_size**0.5
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -217,11 +253,11 @@ class Decoder(nn.Module):
         """All layers: hidden states [B, T, d] and the updated caches."""
         cos = self.rotary_cos[position_ids][:, None]  # [B, 1, T, h/2]
         sin = self.rotary_sin[position_ids][:, None]
-        mask = causal_mask(position_ids, self.max_length)
+        masks = layer_masks(self.config, position_ids, self.max_length)
         presents: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             key, value = past_key_values[2 * i], past_key_values[2 * i + 1]
-            x, key, value = layer(x, position_ids, cos, sin, mask, key, value)
+            x, key, value = layer(x, position_ids, cos, sin, masks[i], key, value)
             presents += [key, value]
         return x, presents
 
@@ -229,4 +265,4 @@ class Decoder(nn.Module):
         """Logits of the last token [B, 1, V], or of all with `all_logits`."""
         if not self.all_logits:
             x = x[:, -1:]
-        return F.linear(self.norm(x), self.embed_tokens.weight)
+        return soft_cap(F.linear(self.norm(x), self.embed_tokens.weight), self.config.final_softcap)

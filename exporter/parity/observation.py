@@ -4,10 +4,10 @@ Names, with the layer's own in front (`layers.3.`); arrays are fp32, [B, T, …]
 
 | name | what |
 |---|---|
-| `input_layernorm`, `post_attention_layernorm` | outputs of the norms |
+| `input_layernorm`, `post_attention_layernorm`, … | outputs of the norms |
 | `self_attn.q_proj`, `.k_proj`, `.v_proj`, `.o_proj` | outputs of the projections |
 | `self_attn.query`, `self_attn.key` | after RoPE [B, H, T, h], [B, K, S, h] |
-| `self_attn.scores` | query · key before the scale and the mask [B, K, G, T, S] |
+| `self_attn.scores` | query · key before the scale, the soft-cap and the mask [B, K, G, T, S] |
 | `self_attn.attended` | the heads' results, merged: the input of `o_proj` |
 | `mlp.gate_proj`, `.up_proj`, `.down_proj` | outputs of the projections |
 | `mlp.product` | gelu(gate) · up: the input of `down_proj` |
@@ -86,9 +86,7 @@ def watch(
         hooks.enter_context(attention.o_proj.register_forward_pre_hook(before("self_attn.attended")))
         hooks.enter_context(layer.mlp.down_proj.register_forward_pre_hook(before("mlp.product")))
         hooks.enter_context(attention.register_forward_hook(after_attention))
-        hooks.enter_context(
-            layer.post_attention_layernorm.register_forward_pre_hook(before("attention_residual"))
-        )
+        hooks.enter_context(layer.mlp_norm.register_forward_pre_hook(before("attention_residual")))
         hooks.enter_context(
             layer.register_forward_hook(lambda module, args, output: show("mlp_residual", output[0]))
         )

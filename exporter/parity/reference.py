@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gemma_export.exporter.checkpoints.checkpoint import LazyTensor
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, causal_mask, rotary_tables
+from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, causal_mask, rotary_tables, soft_cap
 from gemma_export.exporter.parity.observation import Observe, watch
 
 Array = npt.NDArray[np.float32]
@@ -65,6 +65,7 @@ class ReferenceRun:
         hidden: Each sequence's hidden states after the final norm [T, d]: the head's input.
         head: The table [V, d] that makes logits of them.
         cache: For each layer and sequence the keys and values [K, kept positions, h].
+        softcap: The final soft-cap of the logits.
         observe: Called with every block of logits that is made, as `logits`.
     """
 
@@ -72,6 +73,7 @@ class ReferenceRun:
     hidden: Sequence[Tensor]
     head: LazyTensor
     cache: Sequence[Sequence[tuple[Tensor, Tensor]]]
+    softcap: float | None = None
     observe: Observe | None = None
 
     def keys(self, layer: int, sequence: int) -> Array:
@@ -93,18 +95,21 @@ class ReferenceRun:
         Every call reads the whole head once, so ask for many positions at a time.
         """
         rows = torch.stack([self.hidden[sequence][position] for sequence, position in places])
-        logits = head_logits(rows, self.head)
+        logits = head_logits(rows, self.head, self.softcap)
         if self.observe is not None:
             self.observe("logits", logits)
         return logits
 
     @torch.inference_mode()
     def observe_logits(self) -> None:
-        """Shows `observe` the logits of all positions, [n, part of V] at a time: the head is read once."""
+        """Shows `observe` what the head gives at all positions, [n, part of V] at a time: it is read once.
+
+        That is the `logits`; where a soft-cap makes those of it, it is `lm_head`, and the cap is their range.
+        """
         assert self.observe is not None
         rows = torch.cat(list(self.hidden))
         for part in _head_blocks(rows, self.head):
-            self.observe("logits", _array(part))
+            self.observe("logits" if self.softcap is None else "lm_head", _array(part))
 
     def blocks(self, positions: Positions | None = None) -> Iterator[tuple[int, range | list[int], Array]]:
         """Logits in blocks of at most `LOGITS_BLOCK` positions over all sequences together.
@@ -176,13 +181,16 @@ class Reference:
         tables = rotary_tables(self.config, max(len(x) for x in hidden))
         layer = empty_module(lambda: DecoderLayer(self.config))
         cache: list[list[tuple[Tensor, Tensor]]] = []
-        for i in range(self.config.num_layers):
+        for i, window in enumerate(self.config.windows):
             _log.debug("reference: layer %d of %d", i + 1, self.config.num_layers)
             prefix = f"layers.{i}"
             self.load(layer, prefix)
             with watch(layer, prefix, observe, wanted):
                 cache.append(
-                    [self.through(layer, x, tables, keep) for x, keep in zip(hidden, kept, strict=True)]
+                    [
+                        self.through(layer, x, tables, keep, window)
+                        for x, keep in zip(hidden, kept, strict=True)
+                    ]
                 )
             if after_layer is not None:
                 after_layer(i)
@@ -193,7 +201,8 @@ class Reference:
             for x in normed:
                 observe("norm", _array(x))
         lengths = tuple(len(sequence) for sequence in sequences)
-        return ReferenceRun(lengths, normed, self._weights["embed_tokens.weight"], cache, observe)
+        head, cap = self._weights["embed_tokens.weight"], self.config.final_softcap
+        return ReferenceRun(lengths, normed, head, cache, cap, observe)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Scaled embeddings of each sequence [T, d], reading only the blocks of rows that are used."""
@@ -215,7 +224,12 @@ class Reference:
                 parameter[start:stop].copy_(rows)
 
     def through(
-        self, layer: DecoderLayer, x: Tensor, tables: tuple[Tensor, Tensor], keep: Sequence[int]
+        self,
+        layer: DecoderLayer,
+        x: Tensor,
+        tables: tuple[Tensor, Tensor],
+        keep: Sequence[int],
+        window: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Takes one sequence's hidden states [T, d] through a layer, in place; returns the cache kept."""
         length = len(x)
@@ -224,7 +238,7 @@ class Reference:
         for start in range(0, length, QUERY_BLOCK):
             positions = torch.arange(start, min(start + QUERY_BLOCK, length))[None]
             cos, sin = (table[positions][:, None] for table in tables)
-            mask = causal_mask(positions, length)
+            mask = causal_mask(positions, length, window)
             block = x[None, start : start + QUERY_BLOCK]
             out, key, value = layer(block, positions, cos, sin, mask, key, value)
             x[start : start + QUERY_BLOCK] = out[0]  # No later block reads these: only its keys and values.
@@ -233,18 +247,18 @@ class Reference:
 
 
 @torch.inference_mode()
-def head_logits(hidden: Tensor, head: LazyTensor) -> Array:
+def head_logits(hidden: Tensor, head: LazyTensor, softcap: float | None = None) -> Array:
     """Logits [n, V] of hidden states [n, d], reading the head in blocks of rows."""
     logits = torch.empty(len(hidden), head.shape[0])
     start = 0
     for part in _head_blocks(hidden, head):
-        logits[:, start : start + part.shape[1]] = part
+        logits[:, start : start + part.shape[1]] = soft_cap(part, softcap)
         start += part.shape[1]
     return _array(logits)
 
 
 def _head_blocks(hidden: Tensor, head: LazyTensor) -> Iterator[Tensor]:
-    """The logits [n, rows] of hidden states [n, d], one block of the head's rows after the other."""
+    """The head's product [n, rows] with hidden states [n, d], one block of its rows after the other."""
     for _, _, rows in row_blocks(head):
         yield nn.functional.linear(hidden, rows.float())
 

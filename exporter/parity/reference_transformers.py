@@ -55,6 +55,7 @@ class TransformersReference:
                 "The transformers reference needs the package transformers, which is not installed.",
                 'Install it: pip install "gemma-export[parity]"; or leave out --reference transformers.',
             ) from error
+        self._new_cache = transformers.DynamicCache
         self.name = f"the checkpoint in fp32, by transformers {transformers.__version__}"
         try:
             self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
@@ -84,7 +85,9 @@ class TransformersReference:
         caches: list[Any] = []
         try:
             for sequence in sequences:
-                out = self._model.model(torch.tensor([sequence]), use_cache=True)
+                # Made of the configuration, it would forget what a local layer's window left behind.
+                cache = self._new_cache()
+                out = self._model.model(torch.tensor([sequence]), past_key_values=cache, use_cache=True)
                 hidden.append(out.last_hidden_state[0])
                 caches.append(out.past_key_values)
         finally:
@@ -92,7 +95,7 @@ class TransformersReference:
                 handle.remove()
         layers = range(self._model.config.num_hidden_layers)
         chosen = [torch.tensor(positions, dtype=torch.int64) for positions in kept]
-        cache = [
+        kept_cache = [
             [
                 (c.layers[i].keys[0][:, where], c.layers[i].values[0][:, where])
                 for c, where in zip(caches, chosen, strict=True)
@@ -100,7 +103,8 @@ class TransformersReference:
             for i in layers
         ]
         lengths = tuple(len(sequence) for sequence in sequences)
-        return ReferenceRun(lengths, hidden, _Table("lm_head.weight", table), cache, observe)
+        cap = getattr(self._model.config, "final_logit_softcapping", None)
+        return ReferenceRun(lengths, hidden, _Table("lm_head.weight", table), kept_cache, cap, observe)
 
     def _hooks(self, observe: Observe) -> list[Any]:
         def show(name: str) -> Any:

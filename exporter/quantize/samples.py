@@ -20,7 +20,7 @@ from gemma_export.calibration.text import builtin_texts
 from gemma_export.errors import CheckpointError
 from gemma_export.exporter.checkpoints.checkpoint import LazyTensor
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, causal_mask, rotary_tables
+from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, layer_masks, rotary_tables
 from gemma_export.exporter.parity.reference import Array, Reference, empty_module, head_logits
 from gemma_export.exporter.tokenizer.sentencepiece_model import PieceKind, parse_model
 from gemma_export.graphs.tensors import InMemory
@@ -172,12 +172,12 @@ class _Decoder:
         x = torch.stack(self._reference.embed([[token] for token in tokens]))  # [B, 1, d]
         position_ids = torch.tensor(positions)[:, None]
         cos, sin = (table[position_ids][:, None] for table in self._tables)
-        mask = causal_mask(position_ids, self._slots)
+        masks = layer_masks(self._config, position_ids, self._slots)
         for i, layer in enumerate(self._kept or self._streamed()):
-            x, key, value = layer(x, position_ids, cos, sin, mask, *self._caches[i])
+            x, key, value = layer(x, position_ids, cos, sin, masks[i], *self._caches[i])
             self._caches[i] = (key, value)
         normed: Tensor = self._norm(x[:, 0])
-        return head_logits(normed, self._head)
+        return head_logits(normed, self._head, self._config.final_softcap)
 
     def _streamed(self) -> Iterator[DecoderLayer]:
         """The layers, one after the other in the same storage."""

@@ -29,7 +29,7 @@ from gemma_export.errors import UsageError
 from gemma_export.exporter import events
 from gemma_export.exporter.checkpoints.checkpoint import LazyTensor
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, causal_mask, rotary_tables
+from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, layer_masks, rotary_tables, soft_cap
 from gemma_export.exporter.parity.reference import Reference, check_sequences, empty_module, row_blocks
 from gemma_export.exporter.quantize.divergence import Divergence
 from gemma_export.exporter.quantize.emulate import (
@@ -242,11 +242,11 @@ def _through_layers(
         alone = {}
         for name, parts in linears.items():
             with computed_as(parts):
-                alone[name] = run(layer, states[REFERENCE])
+                alone[name] = run(layer, i, states[REFERENCE])
         with computed_as(chain.from_iterable(linears.values())):
-            everything = run(layer, states.pop(EVERYTHING))
+            everything = run(layer, i, states.pop(EVERYTHING))
         for name in states:
-            states[name] = run(layer, states[name])
+            states[name] = run(layer, i, states[name])
         states |= {**alone, EVERYTHING: everything}
         progress.layer_done(len(states))
     return states
@@ -259,12 +259,13 @@ class _LayerRun:
         cos, sin = rotary_tables(config, length)
         self._cos, self._sin = cos[None, None], sin[None, None]  # [1, 1, T, h/2]
         self._positions = torch.arange(length).expand(texts, length)
-        self._mask = causal_mask(self._positions[:1], length)
+        self._masks = layer_masks(config, self._positions[:1], length)
         self._cache = torch.zeros(texts, config.num_kv_heads, length, config.head_dim)
 
-    def __call__(self, layer: DecoderLayer, x: Tensor) -> Tensor:
-        """Hidden states [B, T, d] after the layer; x is not changed."""
-        out, _, _ = layer(x, self._positions, self._cos, self._sin, self._mask, self._cache, self._cache)
+    def __call__(self, layer: DecoderLayer, index: int, x: Tensor) -> Tensor:
+        """Hidden states [B, T, d] after the layer of that number; x is not changed."""
+        mask = self._masks[index]
+        out, _, _ = layer(x, self._positions, self._cos, self._sin, mask, self._cache, self._cache)
         hidden: Tensor = out
         return hidden
 
@@ -285,15 +286,15 @@ def _at_the_head(
     of_table = (TABLE, EVERYTHING)
     inputs = {name: rounding(norm(x)) if name in of_table else norm(x) for name, x in rows.items()}
     reference = inputs.pop(REFERENCE)
-    divergence = Divergence(len(inputs), targets)
+    divergence, cap = Divergence(len(inputs), targets), config.final_softcap
 
     def logits(original: Tensor, stored: Tensor) -> Iterator[Tensor]:
         for name, x in inputs.items():
-            yield F.linear(x, stored if name in of_table else original)
+            yield soft_cap(F.linear(x, stored if name in of_table else original), cap)
 
     for start, stop, block in row_blocks(table.source):
         original, stored = block.float(), table.stored(block, start)
-        divergence.add(start, F.linear(reference, original), logits(original, stored))
+        divergence.add(start, soft_cap(F.linear(reference, original), cap), logits(original, stored))
         progress.rows_done(stop - start)
     return divergence
 

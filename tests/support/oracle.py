@@ -37,6 +37,7 @@ class Family:
     head_dim: int
     dtype: torch.dtype
     seed: int
+    window: int | None = None  # Of the second generation's local layers.
 
 
 FAMILIES = {
@@ -46,38 +47,58 @@ FAMILIES = {
     "mha": Family(query_heads=4, kv_heads=4, hidden=48, head_dim=32, dtype=torch.bfloat16, seed=1),
     # Between the two, H · h < d, and a d whose root is not a whole number.
     "gqa": Family(query_heads=4, kv_heads=2, hidden=72, head_dim=16, dtype=torch.float16, seed=1),
+    # The second generation: as "gqa", with a window far smaller than the cache.
+    "gemma2": Family(
+        query_heads=4, kv_heads=2, hidden=72, head_dim=16, dtype=torch.bfloat16, seed=1, window=64
+    ),
 }
 LAYERS, FEED_FORWARD, VOCABULARY = 2, 96, 2048
+SECOND: dict[str, Any] = {
+    "attn_logit_softcapping": 5.0,
+    "final_logit_softcapping": 3.0,
+    "query_pre_attn_scalar": 24,
+}
+"""What the second generation has beside its window: such caps bend scores of standard deviation 3 and logits
+of 1.3, and the scale is not that of the heads' width."""
 
 
 def random_gemma(family: Family, **config: Any) -> Any:
-    """A `GemmaForCausalLM` with random weights that are exact in the family's format.
+    """A `GemmaForCausalLM`, or its successor, with random weights that are exact in the family's format.
 
     The layers add far more to the residual stream than the embedding, so that greedy text wanders instead of
     repeating the last token (the head is tied), and the tokens are far enough apart for ties to be rare.
     """
     import transformers
 
-    settings = transformers.GemmaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=family.hidden,
-        intermediate_size=FEED_FORWARD,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=family.query_heads,
-        num_key_value_heads=family.kv_heads,
-        head_dim=family.head_dim,
-        max_position_embeddings=512,
-        hidden_act="gelu_pytorch_tanh",
-        hidden_activation="gelu_pytorch_tanh",
-        **config,
-    )
-    model = transformers.GemmaForCausalLM(settings).float().eval()
+    shape: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": family.hidden,
+        "intermediate_size": FEED_FORWARD,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": family.query_heads,
+        "num_key_value_heads": family.kv_heads,
+        "head_dim": family.head_dim,
+        "max_position_embeddings": 1024,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+    }
+    if family.window is None:
+        model = transformers.GemmaForCausalLM(transformers.GemmaConfig(**shape, **config))
+    else:
+        second = {**shape, **SECOND, "sliding_window": family.window, **config}
+        model = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**second))
+    model = model.float().eval()
     generator = torch.Generator().manual_seed(family.seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             values = torch.randn(parameter.shape, generator=generator) * _scale(name, parameter)
+            if name.endswith(POST_NORMS) and family.window is not None:
+                values += 5.0  # A layer's output is as long as its gain, whatever the layer's weights are.
             parameter.copy_(values.to(family.dtype))
     return model
+
+
+POST_NORMS = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
 
 
 def _scale(name: str, parameter: torch.Tensor) -> float:

@@ -187,7 +187,7 @@ def sees_an_empty_slot(session, monkeypatch):
     def with_wrong_mask(tokens, cache):
         with monkeypatch.context() as patch:
             patch.setattr(
-                decoder_module, "causal_mask", lambda positions, size: original(positions + 1, size)
+                decoder_module, "causal_mask", lambda positions, *size: original(positions + 1, *size)
             )
             return step(tokens, cache)
 
@@ -202,7 +202,7 @@ def upper_left_causality(session, monkeypatch):
     def with_wrong_mask(tokens, cache):
         with monkeypatch.context() as patch:
             rows = torch.arange(tokens.shape[1])[None]
-            patch.setattr(decoder_module, "causal_mask", lambda positions, size: original(rows, size))
+            patch.setattr(decoder_module, "causal_mask", lambda positions, *size: original(rows, *size))
             return step(tokens, cache)
 
     monkeypatch.setattr(session, "step", with_wrong_mask)
