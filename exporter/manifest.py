@@ -8,6 +8,7 @@ import onnx_ir as ir
 import torch
 
 from gemma_export.exporter.bundle import describe_files
+from gemma_export.exporter.parity.budget import requested_budget
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source
 from gemma_export.exporter.tokenizer.files import TokenizerFacts
@@ -118,6 +119,7 @@ def make_manifest(
         parity=NOT_RUN,
         tools=_tool_versions(),
         files=describe_files(folder, files),
+        budget=requested_budget(request),
     )
 
 

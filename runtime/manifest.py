@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from gemma_export.errors import BundleError
+from gemma_export.runtime.parity import Budget
 from gemma_export.schema import MisshapenError, read_value
 
 FORMAT = "gemma-export-bundle"
@@ -224,7 +225,10 @@ class ParitySummary:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All of `manifest.json`."""
+    """All of `manifest.json`.
+
+    `budget` is what parity judges the bundle by; None takes its precision's.
+    """
 
     created_by: str
     model: ModelInfo
@@ -245,6 +249,7 @@ class Manifest:
     tools: Mapping[str, str]
     files: Mapping[str, FileEntry]
     engines: tuple[EngineInfo, ...] = ()
+    budget: Budget | None = None
     format: str = FORMAT
     format_version: int = FORMAT_VERSION
 
@@ -269,6 +274,7 @@ class Manifest:
             )
         _check_version(data.get("format_version"))
         data.setdefault("engines", [])  # Bundles were written before there were any.
+        data.setdefault("budget", None)
         parity = data.get("parity")
         if isinstance(parity, dict):
             known = {field.name for field in fields(ParitySummary)}

@@ -1,7 +1,9 @@
 """What is measured on text: the range of every activation before a build, the parity of a bundle after it."""
 
 import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -12,15 +14,15 @@ from gemma_export.calibration.range_audit import RangeAudit
 from gemma_export.calibration.text import Passage, builtin_texts, read_texts
 from gemma_export.errors import CheckpointError, UsageError
 from gemma_export.exporter import events
+from gemma_export.exporter.parity.budget import budget_of
 from gemma_export.exporter.parity.gate import GateReference, check_parity
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.parity.reference_transformers import TransformersReference
-from gemma_export.exporter.parity.report import Level, ParityReport
+from gemma_export.exporter.parity.report import Level, ParityReport, Quantized
 from gemma_export.exporter.parity.twin import measurable_session
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, open_source, random_source
 from gemma_export.runtime.bundle import Manifest, open_bundle
-from gemma_export.runtime.parity import BUDGETS, Budget
 from gemma_export.runtime.session import Session
 from gemma_export.runtime.tokenizer import Tokenizer
 
@@ -75,13 +77,11 @@ def graph_name(observed: str) -> str:
     return f"{head}.{name}" if head else name
 
 
-def measure_parity(
-    folder: Path, source: Source, *, level: Level, budget: Budget, listener: events.Listener
-) -> ParityReport:
+def measure_parity(folder: Path, source: Source, *, level: Level, listener: events.Listener) -> ParityReport:
     """Holds a bundle against the source it was built from, on the project's own texts."""
     reference = Reference(source.config, source.weights)
     session = measurable_session(folder)
-    return _measure(session, reference, builtin_texts(), level, source.config.name, budget, listener)
+    return _measure(session, reference, builtin_texts(), level, source.config.name, listener)
 
 
 def measure_bundle(
@@ -116,8 +116,7 @@ def measure_bundle(
             listener(events.Note("This is not the checkpoint that the bundle was built from."))
     against = _reference(reference, source)
     session = measurable_session(opened.path)
-    budget = BUDGETS[opened.manifest.precision]
-    return _measure(session, against, passages, level, str(bundle), budget, listener)
+    return _measure(session, against, passages, level, str(bundle), listener)
 
 
 def _measure(
@@ -126,7 +125,6 @@ def _measure(
     passages: Sequence[Passage],
     level: Level,
     subject: str,
-    budget: Budget,
     listener: events.Listener,
 ) -> ParityReport:
     manifest = session.manifest
@@ -142,9 +140,10 @@ def _measure(
             names=[passage.name for passage in passages],
             decode=session.tokenizer.decode,
             subject=f"{subject}, {manifest.precision} for {manifest.target}{_how(manifest)}",
-            budget=budget,
+            budget=budget_of(manifest),
             on_event=listener,
         )
+        report = replace(report, quantized=_quantized(manifest))
         facts |= {
             "verdict": report.verdict,
             "KL": report.figures.mean_kl,
@@ -152,6 +151,14 @@ def _measure(
             "same first choice": f"{report.figures.top1_agreement:.2%}",
         }
     return report
+
+
+def _quantized(manifest: Manifest) -> Quantized | None:
+    found = manifest.quantization
+    if found is None:
+        return None
+    forms = Counter(tensor.form for tensor in found.tensors.values())
+    return Quantized(manifest.scheme, forms, found.kept, manifest.cache_dtype)
 
 
 def _how(manifest: Manifest) -> str:

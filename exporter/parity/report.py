@@ -123,6 +123,23 @@ class Continuation:
 
 
 @dataclass(frozen=True)
+class Quantized:
+    """What of a bundle is quantized.
+
+    Args:
+        scheme: As its manifest names it.
+        forms: How many linear layers, with the embedding table, have each form, by `graphs.formats.Form`.
+        kept: Why each layer that keeps 16 bits does, by name.
+        cache: Format of the KV cache.
+    """
+
+    scheme: str
+    forms: Mapping[str, int]
+    kept: Mapping[str, str]
+    cache: str
+
+
+@dataclass(frozen=True)
 class Cost:
     """What the measuring took.
 
@@ -163,6 +180,7 @@ class ParityReport:
         logits: Which logits the bundle gives: only measured tokens have any.
         cost: Steps, tokens and seconds.
         versions: Package → version.
+        quantized: What is quantized; None where nothing is, or nothing is known of it.
     """
 
     subject: str
@@ -182,6 +200,7 @@ class ParityReport:
     logits: Literal["last", "all"]
     cost: Cost
     versions: Mapping[str, str]
+    quantized: Quantized | None = None
 
     def divergences(self) -> tuple[Divergence, ...]:
         """First divergences of the continuations that have one."""
