@@ -18,10 +18,13 @@ from rich.table import Table
 from rich.text import Text
 
 from gemma_export.exporter.events import Event, Note, StageFinished, StageProgress, StageStarted
+from gemma_export.exporter.parity.page_quantized import cache_line
 from gemma_export.exporter.parity.report import ParityReport, json_values
 from gemma_export.runtime.bundle import Manifest
 
 _EVENT_NAMES = {StageStarted: "started", StageProgress: "progress", StageFinished: "finished", Note: "note"}
+MOST_KEPT = 12
+"""Layers that are listed one by one."""
 _UNITS = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
 
@@ -165,22 +168,23 @@ def parity_table(report: ParityReport) -> Table:
         "same first choice": f"{figures.top1_agreement:.2%}",
         "perplexity": f"{_brief(figures.bundle_perplexity)}, "
         f"reference {_brief(figures.reference_perplexity)}",
-        "cache": _cache_line(report),
+        "KV cache": escape(cache_line(report)),
+        "16 bits": escape(_kept(report)),
         "continuations": f"{len(report.continuations)}, of which {diverged} leave the reference's",
     }
     return _two_columns({name: text for name, text in rows.items() if text})
 
 
-def _cache_line(report: ParityReport) -> str:
-    """How far the cached keys and values are off, at most, over the layers."""
-    if not report.layers:
+def _kept(report: ParityReport) -> str:
+    """The layers that keep 16 bits and why, a line for each; nothing of a bundle that is not quantized."""
+    found = report.quantized
+    if found is None:
         return ""
-    key = max(report.layers, key=lambda layer: layer.key_max)
-    value = max(report.layers, key=lambda layer: layer.value_max)
-    return (
-        f"keys off by at most {_brief(key.key_max)} of the largest (layer {key.layer}), values by "
-        f"{_brief(value.value_max)} (layer {value.layer})"
-    )
+    lines = [f"{name}: {why}" for name, why in found.kept.items()]
+    rest = len(lines) - MOST_KEPT
+    if rest > 0:
+        lines[MOST_KEPT:] = [f"and {rest} more: parity.json names them"]
+    return "\n".join(lines) or "no layer: all are quantized"
 
 
 def _two_columns(rows: dict[str, str]) -> Table:

@@ -5,7 +5,7 @@ from a model, a text or a path is escaped. Without matplotlib it has its tables 
 """
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from rich.text import Text
 from gemma_export.exporter.parity import page_plots
 from gemma_export.exporter.parity.page_figures import number, shown_figures
 from gemma_export.exporter.parity.page_limits import limits
+from gemma_export.exporter.parity.page_parts import row, table
+from gemma_export.exporter.parity.page_quantized import quantized_section
 from gemma_export.exporter.parity.page_style import STYLE
 from gemma_export.exporter.parity.report import (
     Continuation,
@@ -75,6 +77,7 @@ def render_html(report: ParityReport) -> str:
     body = [
         _head(report),
         _figures(report),
+        quantized_section(report),
         _plots(report),
         _phases(report),
         _continuations(report),
@@ -118,11 +121,11 @@ def _head(report: ParityReport) -> str:
 
 def _figures(report: ParityReport) -> str:
     rows = [
-        _row(figure.name, figure.measured, figure.bound, _judgement(figure.within))
+        row(figure.name, figure.measured, figure.bound, _judgement(figure.within))
         for figure in shown_figures(report)
     ]
     return (
-        f"<h2>Figures against the budget</h2>\n{_table(('Figure', 'Measured', 'Budget', ''), rows)}\n"
+        f"<h2>Figures against the budget</h2>\n{table(('Figure', 'Measured', 'Budget', ''), rows)}\n"
         f'<p class="note">{escape(report.budget.reason)} The bound on the most likely token allows for '
         "the chance in so few positions.</p>"
     )
@@ -148,13 +151,13 @@ def _plots(report: ParityReport) -> str:
 
 
 def _phases(report: ParityReport) -> str:
-    def row(phase: PhaseErrors) -> str:
+    def phase_row(phase: PhaseErrors) -> str:
         count = len(phase.positions)
         worst = largest(phase.errors)
-        return _row(_PHASES[phase.phase], str(count), number(worst), f"{phase.agreements / count:.2%}")
+        return row(_PHASES[phase.phase], str(count), number(worst), f"{phase.agreements / count:.2%}")
 
     header = ("Way of running", "Positions", "Largest error", "Same next token")
-    return f"<h2>By way of running</h2>\n{_table(header, [row(phase) for phase in report.phases])}"
+    return f"<h2>By way of running</h2>\n{table(header, [phase_row(phase) for phase in report.phases])}"
 
 
 def _continuations(report: ParityReport) -> str:
@@ -238,17 +241,3 @@ def _judgement(within: bool | None) -> str:
     if within is None:
         return ""
     return '<span class="ok">✓ within</span>' if within else '<span class="bad">✗ outside</span>'
-
-
-def _row(first: str, *others: str) -> str:
-    """A row of a table; the first cell is text, the others are ready for the page."""
-    cells = "".join(f'<td class="number">{cell}</td>' for cell in others)
-    return f"<tr><td>{escape(first)}</td>{cells}</tr>"
-
-
-def _table(header: tuple[str, ...], rows: Iterable[str]) -> str:
-    cells = "".join(
-        f'<th{" class=number" if i else ""} scope="col">{escape(name)}</th>' for i, name in enumerate(header)
-    )
-    body = f"<thead><tr>{cells}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return f'<div class="wide"><table>{body}</table></div>'

@@ -22,6 +22,7 @@ body {
 main { max-width: 60rem; margin: 0 auto; padding: 3rem 1.5rem 5rem; }
 h1 { font-size: 1.05rem; font-weight: 600; margin: 0; color: var(--muted); }
 h2 { font-size: 1.2rem; line-height: 1.3; margin: 3rem 0 .6rem; }
+h3 { font-size: 1rem; line-height: 1.3; margin: 1.6rem 0 .4rem; }
 p { margin: .4rem 0 .9rem; max-width: 46rem; }
 .subject { font-size: 1.9rem; line-height: 1.25; font-weight: 650; margin: .2rem 0 1.4rem;
   letter-spacing: -.012em; overflow-wrap: anywhere; }

@@ -5,7 +5,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from html.parser import HTMLParser
 
@@ -14,6 +14,7 @@ from rich.console import Console
 
 from gemma_export.exporter.parity.page import render_html, report_table, write_report
 from gemma_export.exporter.parity.page_figures import number
+from gemma_export.exporter.parity.page_quantized import cache_line
 from gemma_export.exporter.parity.report import (
     Continuation,
     ContinuationText,
@@ -23,7 +24,9 @@ from gemma_export.exporter.parity.report import (
     MeasuredText,
     ParityReport,
     PhaseErrors,
+    Quantized,
 )
+from gemma_export.exporter.screen import MOST_KEPT, parity_table
 from gemma_export.runtime.parity import BUDGETS, ParityFigures
 
 HOSTILE = "</p></style><script>alert('x')</script><img src=x onerror=alert(1)>&amp;\u202e\x00\"'"
@@ -80,6 +83,17 @@ REPORT = ParityReport(
     logits="last",
     cost=Cost(12, 40, 3.5, 44, 6.25),
     versions={"gemma-export": "0.1.0", "torch": "2.13.0"},
+)
+QUANTIZED = replace(
+    REPORT,
+    subject="gemma-2b, int8 for cpu",
+    precision="int8",
+    quantized=Quantized(
+        "w8a8-dynamic",
+        {"w8a8-token": 70, "w8": 2, "float": 1},
+        {"layers.0.mlp.down_proj": "quantized alone as w8 it has a KL of 0.01 <and more>"},
+        "int8",
+    ),
 )
 
 
@@ -142,6 +156,7 @@ def failing(text: str) -> ParityReport:
         ),
         texts=(MeasuredText(text, text, 3, 2, (1,)),),
         versions={text: text},
+        quantized=Quantized(text, {text: 1}, {text: text}, text),
     )
 
 
@@ -172,6 +187,37 @@ def test_the_page_is_well_formed_and_says_it_all():
         "torch 2.13.0",
     ):
         assert words in page.text, words
+
+
+def test_the_page_says_which_layers_keep_16_bits_and_why():
+    page = Page(render_html(QUANTIZED))
+    for words in (
+        "The scheme is w8a8-dynamic.",
+        "8 bits, a scale per row; activations in 8 bits, a scale per token w8a8-token 70",
+        "16 bits float 1",
+        "Kept in 16 bits",
+        "layers.0.mlp.down_proj quantized alone as w8 it has a KL of 0.01 <and more>",
+        "KV cache int8, a scale for the keys and one for the values of each head and layer: keys off by at "
+        "most 0.0003 of the largest (layer 1; in the mean 1 · 10⁻⁵), values off by at most 0.002 of the largest "
+        "(layer 1; in the mean 2 · 10⁻⁵).",
+    ):
+        assert words in page.text, words
+    assert "What is quantized" not in Page(html("plain")).text
+
+
+def test_the_page_says_that_no_layer_keeps_16_bits():
+    assert QUANTIZED.quantized is not None
+    page = Page(render_html(replace(QUANTIZED, quantized=replace(QUANTIZED.quantized, kept={}))))
+    assert "Every linear layer, the embedding table and the head are quantized." in page.text
+    assert "Kept in 16 bits" not in page.text
+
+
+def test_a_cache_that_is_no_number_is_the_worst():
+    layers = (LayerErrors(0, 0.5, 0.1, 0.2, 0.1), LayerErrors(1, math.nan, 0.1, 0.1, 0.1))
+    line = cache_line(replace(QUANTIZED, layers=layers))
+    assert "keys off by at most not a number of the largest (layer 1" in line
+    assert "values off by at most 0.2 of the largest (layer 0" in line
+    assert cache_line(replace(REPORT, layers=())) == ""
 
 
 @pytest.mark.parametrize("kind", ["plain", "hostile"])
@@ -241,6 +287,14 @@ def test_without_matplotlib_there_are_tables_and_a_hint(monkeypatch):
     assert "Largest error of a logit / largest logit" in page.text
 
 
+def test_programs_read_which_layers_keep_16_bits(tmp_path):
+    json_path, _ = write_report(QUANTIZED, tmp_path)
+    read = json.loads(json_path.read_text(encoding="utf-8"))
+    assert read["quantized"] == asdict(QUANTIZED.quantized)
+    write_report(REPORT, tmp_path)
+    assert json.loads(json_path.read_text(encoding="utf-8"))["quantized"] is None
+
+
 @pytest.mark.parametrize("report", [REPORT, failing(HOSTILE + "\udcff")], ids=["plain", "hostile"])
 def test_writes_both_files(report, tmp_path):
     json_path, html_path = write_report(report, tmp_path)
@@ -262,6 +316,32 @@ def test_a_terminal_gets_the_same_figures(report):
     assert "≤ 0.005" in shown
     for reason in report.reasons:
         assert reason in shown
+
+
+def screen(report: ParityReport) -> str:
+    console = Console(width=200, file=io.StringIO(), color_system=None)
+    console.print(parity_table(report))
+    return console.file.getvalue()
+
+
+def test_the_screen_says_which_layers_keep_16_bits_and_why():
+    assert "16 bits" not in screen(REPORT)
+    text = screen(QUANTIZED)
+    assert (
+        "16 bits            layers.0.mlp.down_proj: quantized alone as w8 it has a KL of 0.01 <and more>"
+        in text
+    )
+    assert (
+        "KV cache           int8, a scale for the keys and one for the values of each head and layer: keys"
+        in text
+    )
+    many = {f"layers.{i}.mlp.down_proj": "it costs [red] much" for i in range(MOST_KEPT + 3)}
+    text = screen(replace(QUANTIZED, quantized=replace(QUANTIZED.quantized, kept=many)))
+    assert f"layers.{MOST_KEPT - 1}.mlp.down_proj: it costs [red] much" in text
+    assert f"layers.{MOST_KEPT}.mlp.down_proj" not in text
+    assert "and 3 more: parity.json names them" in text
+    text = screen(replace(QUANTIZED, quantized=replace(QUANTIZED.quantized, kept={})))
+    assert "16 bits            no layer: all are quantized" in text
 
 
 @pytest.mark.parametrize(
