@@ -42,8 +42,9 @@ LAYOUT = frozenset({"Transpose", "Reshape", "Squeeze", "Unsqueeze", "Identity"})
 FINISHING = LAYOUT | {"Cast", "Mul", "Add", "DequantizeLinear"}
 """Operators that may stand between a product and the output of its layer."""
 
-ACCURACY_LEVEL = 4
-"""Of MatMulNBits: at any other it makes floats of the codes, and the product is one of floats."""
+ACCURACY_LEVELS = {"cpu": 4, "cuda": 0}
+"""Of MatMulNBits, by target: a CPU makes floats of all codes in every step at any other; a GPU has only the
+other, and makes them while it multiplies."""
 SMALLEST_BLOCK = 16
 """Columns that share a scale: a tensor with more floats than one for that many codes holds no scales."""
 
@@ -87,8 +88,8 @@ def audit(
     Args:
         graph: The graph's file, beside its weights; of those nothing is read.
         linears: What was asked for, by the name of a linear layer or of the table: all of them.
-        target: `cpu`: products of codes, in the graph as it was written and as onnxruntime runs it. `onnx`:
-            codes behind a DequantizeLinear, in the graph as it was written.
+        target: `cpu`: products of codes, in the graph as it was written and as onnxruntime runs it. `cuda`:
+            likewise, as it was written. Any other: codes behind a DequantizeLinear, as it was written.
         errors: What calibration measured, by name; passed on.
 
     Returns:
@@ -286,23 +287,23 @@ def _check_product(reader: _Reader, how: LinearQuantization, target: str) -> Non
     """
     if how.form == "float":
         right = reader.node.op_type in FLOAT_PRODUCTS and reader.weight.dtype in FLOATS
-    elif target == "cpu":
-        right = _is_product_of_codes(reader, how)
+    elif target in ACCURACY_LEVELS:
+        right = _is_product_of_codes(reader, how, ACCURACY_LEVELS[target])
     else:
         right = _is_product_behind_codes(reader, how)
     if not right:
         raise _NotAskedForError(_described(reader))
 
 
-def _is_product_of_codes(reader: _Reader, how: LinearQuantization) -> bool:
-    """Whether a CPU computes with the codes themselves."""
+def _is_product_of_codes(reader: _Reader, how: LinearQuantization, accuracy_level: int) -> bool:
+    """Whether onnxruntime computes with the codes themselves."""
     node, form = reader.node, how.format
     if node.op_type not in CODE_PRODUCTS[how.form] or reader.weight.dtype not in CODES or form is None:
         return False
     if any(other.op_type not in LAYOUT for other in reader.between) or _bits(reader) != form.bits:
         return False
     if node.op_type == "MatMulNBits":
-        return _block(node) == form.block and _accuracy(node) == ACCURACY_LEVEL
+        return _block(node) == form.block and _accuracy(node) == accuracy_level
     rounding = _made_by(node.inputs[0])
     return rounding is not None and rounding.op_type == "QuantizeLinear"
 

@@ -20,7 +20,7 @@ def linear_names(config: GemmaConfig) -> list[str]:
 def weight_format(form: Form, block: int | None, target: str) -> WeightFormat:
     """The format of a weight of which the form and the block size are known."""
     # Of the products that take blocks, onnxruntime's takes a scale of any sign, TensorRT's a positive one.
-    negative = target == "cpu" and form in ("w8", "w4")
+    negative = target in ("cpu", "cuda") and form in ("w8", "w4")
     return WeightFormat(4 if form == "w4" else 8, block, negative)
 
 

@@ -28,8 +28,8 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.patterns import users
 from gemma_export.graphs.tensors import IR_DTYPES, TORCH_DTYPES, StreamedTensor, in_format, streamed
 
-ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add"})
-"""Operators that are islands. Every Add of the canonical graph is one of the residual stream."""
+ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add", "Sub"})
+"""Operators that are islands. Every Add is one of the residual stream, every Sub one of codes looked up."""
 
 NEVER_FP32 = frozenset({"GroupQueryAttention"})
 """Operators that no device computes in fp32."""

@@ -25,6 +25,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.merge_projections import Linear, find_linear
 from gemma_export.graphs.passes.quantized_layers import (
     CALIBRATE,
+    ROUNDS_X,
     StoredBlocks,
     add_blocks,
     add_constant,
@@ -38,12 +39,15 @@ from gemma_export.graphs.quantized import PackedBlocks
 from gemma_export.graphs.spec import MICROSOFT
 
 
-def quantize_embedding(model: ir.Model, linears: Mapping[str, LinearQuantization]) -> int:
+def quantize_embedding(
+    model: ir.Model, linears: Mapping[str, LinearQuantization], accuracy_level: int = ROUNDS_X
+) -> int:
     """Quantizes the table with its lookup and its head, unless its form is `float`; returns how many tables.
 
     Args:
         model: With the lookup and the head as the canonical graph has them.
         linears: How, by name; `embed_tokens` is among them.
+        accuracy_level: Of MatMulNBits.
 
     Raises:
         GraphError: The table cannot be quantized as said, for one of the reasons above.
@@ -57,7 +61,7 @@ def quantize_embedding(model: ir.Model, linears: Mapping[str, LinearQuantization
             continue
         if how.form != "w8":
             raise GraphError(
-                f"{name} cannot be {how.form} on the target cpu.",
+                f"{name} cannot be {how.form} for onnxruntime.",
                 f"The embedding table has 8 bits and a scale per block. {CALIBRATE}",
             )
         head = _head(graph, name, table, lookup)
@@ -65,7 +69,7 @@ def quantize_embedding(model: ir.Model, linears: Mapping[str, LinearQuantization
         _look_up(graph, lookup, stored)
         x = head.product.inputs[0]
         assert x is not None
-        product = stored.insert_product(graph, head.product, x)
+        product = stored.insert_product(graph, head.product, x, accuracy_level)
         take_place(graph, head.product, product)
         count += 1
     if count:

@@ -12,9 +12,9 @@ A layer of the form `float` is left for `lower_linear`; the embedding table, whi
 
 MatMulInteger has no transposed operand: its codes are written [K, N]. This is the spelling of the products
 and roundings that onnxruntime computes fastest, and what `quantization.round_per_token` does in fp32.
-MatMulNBits rounds x to 8 bits as well, per block of columns: that is what its accuracy level 4 means, and at
-any other it is tens of times slower. The scales of blocks are stored in bfloat16, whose digits are all that
-they have.
+A CPU's MatMulNBits rounds x to 8 bits as well, per block of columns: that is what its accuracy level 4 means,
+and at any other it is tens of times slower; a GPU's takes x as it is. The scales of blocks are stored in
+bfloat16, whose digits are all that they have.
 
 Illegal, and an error, when:
   (1) nothing says how a layer is quantized, or something is said of a layer that the graph does not have;
@@ -34,6 +34,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.merge_projections import Linear, find_linear
 from gemma_export.graphs.passes.quantized_layers import (
     CALIBRATE,
+    ROUNDS_X,
     add_blocks,
     add_constant,
     chosen,
@@ -48,12 +49,15 @@ from gemma_export.graphs.spec import MICROSOFT
 from gemma_export.graphs.tensors import add_initializer
 
 
-def quantize_linear(model: ir.Model, linears: Mapping[str, LinearQuantization]) -> int:
+def quantize_linear(
+    model: ir.Model, linears: Mapping[str, LinearQuantization], accuracy_level: int = ROUNDS_X
+) -> int:
     """Quantizes every linear layer but those of the form `float`; returns how many.
 
     Args:
         model: Canonical but for the attention, which may be lowered; in fp32.
         linears: How, by the name of the layer or of the table: all of them.
+        accuracy_level: Of MatMulNBits.
 
     Raises:
         GraphError: A layer cannot be quantized as said, for one of the reasons above.
@@ -73,7 +77,7 @@ def quantize_linear(model: ir.Model, linears: Mapping[str, LinearQuantization]) 
         if how.form == "w8a8-token":
             product = _product_of_rounded_tokens(graph, name, linear, how)
         else:
-            product = _product_of_blocks(graph, name, linear, how)
+            product = _product_of_blocks(graph, name, linear, how, accuracy_level)
         take_place(graph, linear.product, product)
         count += 1
     if count:
@@ -81,10 +85,13 @@ def quantize_linear(model: ir.Model, linears: Mapping[str, LinearQuantization]) 
     return count
 
 
-def _product_of_blocks(graph: ir.Graph, name: str, linear: Linear, how: LinearQuantization) -> ir.Node:
+def _product_of_blocks(
+    graph: ir.Graph, name: str, linear: Linear, how: LinearQuantization, accuracy_level: int
+) -> ir.Node:
     x = linear.product.inputs[0]
     assert x is not None
-    return add_blocks(graph, name, linear.tensor.source, how).insert_product(graph, linear.product, x)
+    stored = add_blocks(graph, name, linear.tensor.source, how)
+    return stored.insert_product(graph, linear.product, x, accuracy_level)
 
 
 def _product_of_rounded_tokens(
@@ -93,7 +100,7 @@ def _product_of_rounded_tokens(
     form = how.format
     if form is None or form.bits != 8 or form.block is not None:
         raise GraphError(
-            f"{name} cannot be {how.form} with {described(form)} on the target cpu.",
+            f"{name} cannot be {how.form} with {described(form)} for onnxruntime.",
             "Its weights have 8 bits and a scale per row.",
         )
     x = linear.product.inputs[0]

@@ -1,4 +1,4 @@
-"""What the quantizing passes of the target cpu share: names, what was chosen for them, and MatMulNBits.
+"""What the quantizing passes for onnxruntime share: names, what was chosen for them, and MatMulNBits.
 
 Source: onnxruntime `docs/ContribOperators.md`, com.microsoft.MatMulNBits.
 """
@@ -16,8 +16,11 @@ from gemma_export.graphs.quantized import BlockScales, PackedBlocks, QuantizedWe
 from gemma_export.graphs.spec import MICROSOFT
 from gemma_export.graphs.tensors import RowSource, add_initializer, streamed
 
-ACCURACY_LEVEL = 4
-"""Of MatMulNBits: x is rounded to 8 bits, and the products are those of integers."""
+ROUNDS_X = 4
+"""An accuracy level of MatMulNBits: x is rounded to 8 bits, and the products are those of integers."""
+
+TAKES_X = 0
+"""Another: codes become numbers of x's format. A GPU's kernels know no other."""
 
 BITS = {"w8": 8, "w4": 4}
 """Of the forms whose weights MatMulNBits reads."""
@@ -61,7 +64,7 @@ class StoredBlocks:
     codes: ir.Value
     scales: ir.Value
 
-    def insert_product(self, graph: ir.Graph, before: ir.Node, x: ir.Value) -> ir.Node:
+    def insert_product(self, graph: ir.Graph, before: ir.Node, x: ir.Value, accuracy_level: int) -> ir.Node:
         """Puts the product of x [.., K] with the transpose of the weight before a node: [.., N].
 
         Scales are fp32 there. onnxruntime makes them so once for all, when it loads the graph, and has to:
@@ -82,7 +85,7 @@ class StoredBlocks:
                 "N": rows,
                 "bits": self.weight.format.bits,
                 "block_size": self.weight.format.block,
-                "accuracy_level": ACCURACY_LEVEL,
+                "accuracy_level": accuracy_level,
             },
             domain=MICROSOFT,
         )
@@ -98,10 +101,10 @@ def add_blocks(graph: ir.Graph, name: str, source: RowSource, how: LinearQuantiz
     """
     form = how.format
     if how.form not in BITS:
-        raise GraphError(f"{name} cannot be {how.form} on the target cpu.", CALIBRATE)
+        raise GraphError(f"{name} cannot be {how.form} for onnxruntime.", CALIBRATE)
     if form is None or form.bits != BITS[how.form] or form.block not in BLOCK_SIZES:
         raise GraphError(
-            f"{name} cannot be {how.form} with {described(form)} on the target cpu.",
+            f"{name} cannot be {how.form} with {described(form)} for onnxruntime.",
             f"Choose blocks of {', '.join(map(str, BLOCK_SIZES))} columns and {BITS[how.form]} bits.",
         )
     weight = quantized(source, how)

@@ -486,7 +486,7 @@ def test_a_layer_that_is_not_there(raw_graph: MakeGraph, name: str) -> None:
     [
         (
             LinearQuantization("w8a8-tensor", WeightFormat(8), activation_scale=0.1),
-            "w8a8-tensor on the target cpu",
+            "w8a8-tensor for onnxruntime",
         ),
         (LinearQuantization("w8a8-token", WeightFormat(8, 16)), "8 bits and blocks of 16"),
         (LinearQuantization("w8a8-token", WeightFormat(4)), "4 bits and a scale per row"),
@@ -517,7 +517,7 @@ def test_blocks_that_do_not_divide_a_layer(raw_graph: MakeGraph) -> None:
 
 @pytest.mark.parametrize("how", [TOKEN, W4, replace(W8, form="w8a8-tensor")], ids=lambda how: how.form)
 def test_a_table_of_another_form(raw_graph: MakeGraph, how: LinearQuantization) -> None:
-    with pytest.raises(GraphError, match=f"embed_tokens cannot be {how.form} on the target cpu"):
+    with pytest.raises(GraphError, match=f"embed_tokens cannot be {how.form} for onnxruntime"):
         schedule.lower(canonical(raw_graph), "cpu", FP32, FP32, quantization=small(TOKEN, how))
 
 
