@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from gemma_export.errors import UsageError
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.engines.devices import DEVICES, GIB, Device
-from gemma_export.exporter.engines.options import RTX_SMS
+from gemma_export.exporter.engines.request import RTX_SMS
 from gemma_export.exporter.schemes import PRECISIONS, SCHEMES, Scheme
 
 _HALF, _FLOAT = 2, 4

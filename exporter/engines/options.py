@@ -5,15 +5,18 @@ from dataclasses import dataclass, fields
 
 from gemma_export.errors import UsageError
 from gemma_export.exporter.engines.devices import Device, device_named
-from gemma_export.exporter.engines.request import FLAVOURS, EngineRequest, Flavour
+from gemma_export.exporter.engines.request import (
+    FLAVOURS,
+    NOT_ON_TURING,
+    RTX_SMS,
+    TURING,
+    EngineRequest,
+    Flavour,
+)
 
-RTX_SMS = (75, 80, 86, 89, 120, 121)
-"""Compute capabilities that TensorRT for RTX compiles for; an Orin (87) and an H100 (90) are none of them."""
 PREFILL_CHUNK = 512
 """Tokens that are run at once, where a cache has room for as many."""
 
-# Turing's tensor cores have no bfloat16, and no kernel unpacks 4 bits for them.
-_NOT_ON_75 = ("bf16", "int4")
 _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "MIB": 1 << 20, "GIB": 1 << 30}
 
 
@@ -141,7 +144,7 @@ def _check_sm(sm: int, precision: str) -> None:
             f"Choose from {choices}; for any other GPU take --target onnx, and `gemma-export compile BUNDLE "
             "--target tensorrt` on the device.",
         )
-    if sm == 75 and precision in _NOT_ON_75:
+    if sm == TURING and precision in NOT_ON_TURING.values():
         raise UsageError(
             f"SM 75 does not run {precision}.",
             "Take --precision int8 or fp16, or an --sm from 80 upwards.",

@@ -6,8 +6,8 @@ import pytest
 
 from gemma_export.errors import UsageError
 from gemma_export.exporter.config import preset
-from gemma_export.exporter.engines.options import RTX_SMS, EngineOptions, read_memory, read_sms
-from gemma_export.exporter.engines.request import EngineRequest, engine_files
+from gemma_export.exporter.engines.options import EngineOptions, read_memory, read_sms
+from gemma_export.exporter.engines.request import RTX_SMS, EngineRequest, engine_files
 from gemma_export.exporter.request import BuildRequest
 
 RTX: dict[str, Any] = {"size": "2b", "target": "rtx", "precision": "int8"}
