@@ -239,7 +239,8 @@ class Decoder(nn.Module):
         Returns:
             Logits [B, 1, V], or [B, T, V] with `all_logits`, and the updated caches in the same order.
         """
-        x, presents = self.run_layers(self.embed(input_ids), position_ids, past_key_values)
+        masks = layer_masks(self.config, position_ids, self.max_length)
+        x, presents = self.run_layers(self.embed(input_ids), position_ids, masks, past_key_values)
         return self.head(x), presents
 
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -248,12 +249,11 @@ class Decoder(nn.Module):
         return embedded * self.embedding_scale
 
     def run_layers(
-        self, x: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
+        self, x: Tensor, position_ids: Tensor, masks: list[Tensor], past_key_values: list[Tensor]
     ) -> tuple[Tensor, list[Tensor]]:
-        """All layers: hidden states [B, T, d] and the updated caches."""
+        """All layers, each with its mask: hidden states [B, T, d] and the updated caches."""
         cos = self.rotary_cos[position_ids][:, None]  # [B, 1, T, h/2]
         sin = self.rotary_sin[position_ids][:, None]
-        masks = layer_masks(self.config, position_ids, self.max_length)
         presents: list[Tensor] = []
         for i, layer in enumerate(self.layers):
             key, value = past_key_values[2 * i], past_key_values[2 * i + 1]

@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import Decoder, rotary_frequencies
+from gemma_export.exporter.decoder import Decoder, causal_mask, rotary_frequencies
 from gemma_export.graphs.tensors import RotaryTable, RowSource, StreamedTensor, in_format
-from gemma_export.graphs.unroll import LAYER_INPUT, LAYER_OUTPUT, unroll
+from gemma_export.graphs.unroll import LAYER_INPUT, LAYER_MASK, LAYER_OUTPUT, unroll
 
 OPSET = 24
 """The first opset with TensorScatter and with Attention over an explicit cache."""
@@ -33,14 +33,25 @@ OUTPUTS = ["logits", "present.0.key", "present.0.value", LAYER_INPUT, LAYER_OUTP
 
 
 class _MarkedDecoder(Decoder):
-    """The decoder, which also returns the residual stream before and after its layers."""
+    """A decoder's first layer, with what its others need: the residual stream around it, and every mask.
+
+    Args:
+        config: Of the whole decoder.
+        max_length: As the decoder's, likewise `all_logits`.
+    """
+
+    def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool) -> None:
+        first = replace(config, num_layers=1, layer_kinds=config.layer_kinds[:1])
+        super().__init__(first, max_length, all_logits=all_logits)
+        self.windows = list(dict.fromkeys(config.windows))  # The first layer's is the first.
 
     def forward(  # type: ignore[override]  # Traced, never called in the place of a decoder.
         self, input_ids: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:
         before = self.embed(input_ids)
-        after, presents = self.run_layers(before, position_ids, past_key_values)
-        return self.head(after), presents, before, after
+        masks = [causal_mask(position_ids, self.max_length, window) for window in self.windows]
+        after, presents = self.run_layers(before, position_ids, masks, past_key_values)
+        return self.head(after), presents, before, after, masks
 
 
 def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> ir.Model:
@@ -49,7 +60,7 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
     Initializers have canonical names and no values.
     """
     with FakeTensorMode():
-        decoder = _MarkedDecoder(replace(config, num_layers=1), max_length, all_logits=all_logits).eval()
+        decoder = _MarkedDecoder(config, max_length, all_logits=all_logits).eval()
         # Sizes of 0 and 1 would be specialised away, so the example has two rows of three tokens.
         tokens = torch.zeros(2, 3, dtype=torch.int64)
         cache = [torch.zeros(2, config.num_kv_heads, max_length, config.head_dim) for _ in range(2)]
@@ -69,7 +80,7 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
                 verify=False,
                 verbose=False,
                 input_names=INPUTS,
-                output_names=OUTPUTS,
+                output_names=[*OUTPUTS, *(f"{LAYER_MASK}.{i}" for i in range(len(decoder.windows)))],
             )
     if exported is None:
         raise GraphError("The decoder could not be traced.", "This is a defect: please report it.")
@@ -78,7 +89,7 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
         value.const_value = None  # A fake tensor: it has no values, and no optimizer may look for them.
     with _quiet_exporter():
         onnxscript.optimizer.optimize_ir(model)
-    unroll(model, config.num_layers)
+    unroll(model, [decoder.windows.index(window) for window in config.windows])
     _name_axes(model)
     model.producer_name = "gemma-export"
     return model

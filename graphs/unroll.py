@@ -2,8 +2,10 @@
 
 Tracing is paid per operator, seconds for each layer, and every layer of the decoder is the same module. So
 one layer is traced between two marks, and what lies between them is copied, with the layer's number in each
-name.
+name. What layers differ in is their mask; each kind's is made once, and marked.
 """
+
+from collections.abc import Sequence
 
 import onnx_ir as ir
 
@@ -11,37 +13,40 @@ from gemma_export.errors import GraphError
 
 LAYER_INPUT, LAYER_OUTPUT = "layer_input", "layer_output"
 """Extra outputs of the traced graph: the residual stream before and after the layer."""
+LAYER_MASK = "layer_mask"
+"""The same of a mask, with its number; the traced layer reads the first."""
 
 
-def unroll(model: ir.Model, num_layers: int) -> int:
+def unroll(model: ir.Model, masks: Sequence[int]) -> int:
     """Turns a decoder of one layer into one of many; returns how many nodes a layer has.
 
     Layers' initializers are expected as `layers.0.…`, caches as `past_key_values.0.…` and `present.0.…`;
-    copies get their own number there. What depends on none of the layer's input, caches and weights (the
-    mask) is shared.
+    copies get their own number there. What depends on none of the layer's input, mask, caches and weights is
+    shared.
 
     Args:
-        model: The traced graph, with the two marks as its last outputs; they are removed.
-        num_layers: At least 1.
+        model: The traced graph, with the marks as its last outputs; they are removed.
+        masks: The number of every layer's mask; at least one.
 
     Raises:
         GraphError: The marks are not where they should be.
     """
     graph = model.graph
-    marks = [value for value in graph.outputs if value.name in (LAYER_INPUT, LAYER_OUTPUT)]
-    if [value.name for value in marks] != [LAYER_INPUT, LAYER_OUTPUT]:
+    names = [LAYER_INPUT, LAYER_OUTPUT, *(f"{LAYER_MASK}.{i}" for i in range(max(masks) + 1))]
+    marks = [value for value in graph.outputs if value.name in names]
+    if [value.name for value in marks] != names:
         raise GraphError("The traced graph does not mark its layer.", "This is a defect: please report it.")
-    start, end = marks
+    start, end, *marked_masks = marks
     for mark in marks:
         graph.outputs.remove(mark)
     caches, presents = list(graph.inputs[2:]), list(graph.outputs[1:])
     weights = [value for value in graph.initializers.values() if _is_weight(value)]
-    layer = _between([start, *caches, *weights], [end, *presents])
+    layer = _between([start, marked_masks[0], *caches, *weights], [end, *presents])
     nodes = [node for node in graph if node in layer]
     rest = [use for use in end.uses() if use.node not in layer]
     previous = end
-    for i in range(1, num_layers):
-        copies: dict[ir.Value, ir.Value] = {start: previous}
+    for i, mask in enumerate(masks[1:], start=1):
+        copies: dict[ir.Value, ir.Value] = {start: previous, marked_masks[0]: marked_masks[mask]}
         for cache in caches:
             copies[cache] = _like(cache, i)
             graph.inputs.append(copies[cache])

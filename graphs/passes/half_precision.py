@@ -2,8 +2,8 @@
 
 Each operator gets one format; values that cross between two are cast, once each. In fp32 stay:
 
-- what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), the scaled
-  embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
+- what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), a soft-cap on logits,
+  the scaled embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
 - what rounds activations to 8 bits: a quotient in the middle between two codes needs the digits;
 - whatever `keep` names, the range audit's findings, and what reads it: cast to 16 bits on its way into the
   next operator, a value that leaves the range would be infinite there.
@@ -28,7 +28,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.patterns import users
 from gemma_export.graphs.tensors import IR_DTYPES, TORCH_DTYPES, StreamedTensor, in_format, streamed
 
-ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add", "Sub"})
+ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add", "Sub", "Div", "Tanh"})
 """Operators that are islands. Every Add is one of the residual stream, every Sub one of codes looked up."""
 
 NEVER_FP32 = frozenset({"GroupQueryAttention"})
@@ -162,7 +162,8 @@ def _is_island(node: ir.Node, keep: Collection[str]) -> bool:
         return False
     finishes = [operand.producer() for operand in node.inputs if operand is not None]
     return any(_is_looked_up(value) for value in read) or any(
-        product is not None and product.op_type == "MatMul" and _is_island(product, keep)
+        product is not None
+        and (product.op_type == "Tanh" or (product.op_type == "MatMul" and _is_island(product, keep)))
         for product in finishes
     )
 

@@ -8,13 +8,15 @@
 
 The fused operator reads only the slots that are valid (Attention with a mask reads all S), rotates on the
 way, and writes new keys and values in place where past and present share a buffer. It counts instead of
-masking: `last` = position_ids[:, -1] is the number of valid slots less one, `total` their largest count.
+masking: `last` = position_ids[:, -1] is the number of valid slots less one, `total` their largest count. A
+window becomes its `local_window_size`, which counts the query's own token as the window does, and a soft-cap
+its `softcap`.
 
 Several tokens on top of a filled cache are accepted for one row at a time only, which is how the runtime
 prefills.
 
 Illegal when:
-  (1) the mask is not the causal mask made of `position_ids` (a window, a soft-cap: other attributes);
+  (1) the mask is not a causal mask made of `position_ids`, or its window is not one number;
   (2) query, key and value do not come from one split of heads in that order, or are rotated by other tables;
   (3) the head size is not a multiple of 16, which the operator's rotation needs.
 
@@ -38,6 +40,7 @@ class _Layer:
     rotary: ir.Node  # of the queries; the keys' reads the same tables
     write_key: ir.Node
     write_value: ir.Node
+    window: int | None  # tokens that are seen
     heads: tuple[int, int]  # H, K
     output: ir.Value  # [B, T, H·h]
 
@@ -52,23 +55,49 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     return readers[0] if len(readers) == 1 and readers[0].op_type == op_type else None
 
 
-def is_causal_mask(mask: ir.Value | None) -> bool:
-    """Whether a mask is Where(slot <= position, 0, minimum) of the graph's position_ids and nothing more."""
+@dataclass(frozen=True)
+class CausalMask:
+    """Where(slot <= position, 0, minimum); with a window, where also slot > position - window."""
+
+    window: int | None
+
+
+def find_causal_mask(mask: ir.Value | None) -> CausalMask | None:
+    """The mask that a value is, where it is made of the graph's position_ids and of nothing more."""
     where = _producer(mask, "Where")
-    visible = _producer(where.inputs[0], "LessOrEqual") if where is not None else None
-    if visible is None or visible.inputs[0] is None or not visible.inputs[0].is_initializer():
-        return False
-    positions = visible.inputs[1]
-    while positions is not None and (unsqueeze := _producer(positions, "Unsqueeze")) is not None:
-        positions = unsqueeze.inputs[0]
-    return positions is not None and positions.name == "position_ids" and positions.is_graph_input()
+    visible = None if where is None else where.inputs[0]
+    both = _producer(visible, "And")
+    before = _producer(visible if both is None else both.inputs[0], "LessOrEqual")
+    if before is None or not _are_slots(before.inputs[0]) or not _are_positions(before.inputs[1]):
+        return None
+    if both is None:
+        return CausalMask(None)
+    after = _producer(both.inputs[1], "Greater")
+    beyond = None if after is None else _producer(after.inputs[1], "Sub")
+    if after is None or beyond is None or after.inputs[0] is not before.inputs[0]:
+        return None
+    window = ints(beyond.inputs[1])
+    if beyond.inputs[0] is not before.inputs[1] or window is None or len(window) != 1:
+        return None
+    return CausalMask(window[0])
+
+
+def _are_slots(value: ir.Value | None) -> bool:
+    return value is not None and value.is_initializer()
+
+
+def _are_positions(value: ir.Value | None) -> bool:
+    while value is not None and (unsqueeze := _producer(value, "Unsqueeze")) is not None:
+        value = unsqueeze.inputs[0]
+    return value is not None and value.name == "position_ids" and value.is_graph_input()
 
 
 def _match(attention: ir.Node) -> _Layer | None:
     q, key, value, mask = attention.inputs[:4]
     rotary_q = _producer(q, "RotaryEmbedding")
     write_key, write_value = _producer(key, "TensorScatter"), _producer(value, "TensorScatter")
-    if rotary_q is None or write_key is None or write_value is None or not is_causal_mask(mask):
+    causal = find_causal_mask(mask)
+    if rotary_q is None or write_key is None or write_value is None or causal is None:
         return None
     rotary_k = _producer(write_key.inputs[1], "RotaryEmbedding")
     if rotary_k is None or rotary_k.inputs[1:] != rotary_q.inputs[1:]:
@@ -93,6 +122,7 @@ def _match(attention: ir.Node) -> _Layer | None:
         rotary_q,
         write_key,
         write_value,
+        causal.window,
         (sizes[0], sizes[1]),
         flat.outputs[0],
     )
@@ -131,6 +161,10 @@ def lower_group_query_attention(model: ir.Model) -> int:
             "scale": layer.attention.attributes["scale"].as_float(),
             "do_rotary": 1,
         }
+        if layer.window is not None:
+            attributes["local_window_size"] = layer.window
+        if (softcap := layer.attention.attributes.get("softcap")) is not None:
+            attributes["softcap"] = softcap.as_float()
         fused = ir.node(
             "GroupQueryAttention",
             [layer.packed, None, None, past_key, past_value, last, total, *layer.rotary.inputs[1:3]],

@@ -8,7 +8,7 @@ import re
 
 import onnx_ir as ir
 
-from gemma_export.graphs.passes.merge_projections import find_linear
+from gemma_export.graphs.passes.merge_projections import Linear, find_linear
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -52,10 +52,18 @@ def _name(node: ir.Node, layer: str) -> str | None:
             return f"{layer}mlp.activation"
         case "Mul" if _produced_by(node.inputs[0], "Gelu"):
             return f"{layer}mlp.gated"
-        case "Add" if (linear := find_linear(source.producer() if source else None)) is not None:
+        case "Add" if (linear := _linear_behind(source)) is not None:
             after_attention = str(linear.weight.name).endswith("o_proj.weight")
             return f"{layer}{'attention' if after_attention else 'mlp'}_residual"
     return None
+
+
+def _linear_behind(value: ir.Value | None) -> Linear | None:
+    """The linear layer that gives a value, with or without a norm behind it."""
+    producer = None if value is None else value.producer()
+    if producer is None or producer.op_type != "RMSNormalization":
+        return find_linear(producer)
+    return _linear_behind(producer.inputs[0])
 
 
 def _stem(weight: ir.Value) -> str:

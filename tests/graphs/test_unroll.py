@@ -51,7 +51,7 @@ def test_a_layer_shares_what_does_not_depend_on_it(raw_graph: Callable[..., ir.M
 
 def test_a_graph_without_marks_is_refused(raw_graph: Callable[..., ir.Model]) -> None:
     with pytest.raises(GraphError, match="does not mark its layer"):
-        unroll(raw_graph(), 2)
+        unroll(raw_graph(), [0, 0])
 
 
 def test_tracing_allocates_no_weight() -> None:
