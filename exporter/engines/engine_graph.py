@@ -34,13 +34,15 @@ class WeightUse:
         count: How many numbers it has.
         type: As it is stored: `Half`, `BFloat16`, `Float`, `Int8` or `Int4`.
         codes: Whether the operator's other operand is rounded to codes too.
+        lookup: Whether it looks rows up, and multiplies nothing.
     """
 
     operator: str
     weight: str
     count: int
     type: str
-    codes: bool
+    codes: bool = False
+    lookup: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,14 @@ def _weight_uses(graph: ir.Graph) -> list[WeightUse]:
                 continue
             count = math.prod(int(size) for size in weight.shape)
             uses.append(
-                WeightUse(str(node.name), str(weight.name), count, _TYPES[weight.dtype], _is_rounded(other))
+                WeightUse(
+                    operator=str(node.name),
+                    weight=str(weight.name),
+                    count=count,
+                    type=_TYPES[weight.dtype],
+                    codes=_is_rounded(other),
+                    lookup=node.op_type == "Gather",
+                )
             )
             break
     return uses

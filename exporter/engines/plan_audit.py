@@ -18,8 +18,12 @@ from gemma_export.exporter.engines.plan import Kernel, PlanText
 SHOWN = 3
 """Findings that are told; more of them have the same cause as a rule."""
 # Beside the weights an engine holds constants that were folded, each at an aligned address: of 2B 0.02 %, and
-# some kilobytes a layer. A projection that is stored twice is more, however small the model.
+# some kilobytes a layer. A projection that is stored twice is more.
 _SHARE, _CONSTANT = 500, 64 << 10
+# With so few bytes one token is multiplied by another kernel than many, in a layout of its own. No released
+# model has a product that small.
+_SMALL = 64 << 10
+_BITS = {"Float": 32, "Half": 16, "BFloat16": 16, "Int8": 8, "Int4": 4}
 
 
 @dataclass(frozen=True)
@@ -68,15 +72,21 @@ def audit_plan(
         *_profile_findings(plan, profiles),
         *_attention_findings(plan, len(caches) // 2, profiles),
         *_cache_findings(plan, caches, profiles),
+        *_table_findings(uses),
         *_weight_findings(plan, uses, profiles),
     ]
-    most = weights + weights // _SHARE + _CONSTANT
-    if plan.weight_bytes > most:
+    if plan.weight_bytes > _most_bytes(uses, weights):
         findings.append(
             f"its weights take {plan.weight_bytes:,} bytes and the graph's {weights:,}: some are stored twice"
         )
     kinds = Counter(kernel.shown_kind for kernel in plan.kernels)
     return PlanAudit(dict(sorted(kinds.items())), plan.weight_bytes, plan.activation_bytes, tuple(findings))
+
+
+def _most_bytes(uses: Sequence[WeightUse], weights: int) -> int:
+    """What the weights may take in a plan that stores them once."""
+    sizes = {use.weight: use.count * _BITS[use.type] // 8 for use in uses}
+    return weights + weights // _SHARE + _CONSTANT + sum(size for size in sizes.values() if size <= _SMALL)
 
 
 def require_clean(audit: PlanAudit, what: str) -> None:
@@ -141,6 +151,14 @@ def _cache_findings(plan: PlanText, caches: Sequence[str], profiles: Sequence[st
             in_place = [kernel for kernel in writers if any(t.name == cache for t in kernel.inputs)]
             if len(in_place) != 1 or len(writers) != 1:
                 yield f"{cache} is not updated in place in the profile {name}"
+
+
+def _table_findings(uses: Sequence[WeightUse]) -> Iterator[str]:
+    """The lookup and the head share a table: two would be stored, both of them once."""
+    products = {use.weight for use in uses if not use.lookup}
+    for use in uses:
+        if use.lookup and use.weight not in products:
+            yield f"{use.operator} looks up {use.weight}, which is another table than the head's"
 
 
 def _weight_findings(plan: PlanText, uses: Sequence[WeightUse], profiles: Sequence[str]) -> Iterator[str]:
