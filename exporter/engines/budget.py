@@ -12,6 +12,11 @@ the widest part of a step of T tokens in B rows, with S slots, in bytes of 2 whe
     attention       B · T · (H + 2K) · h, and K and V repeated for every query head, 2 · H · S · h, in prefill
     or the MLP      B · T · 3f: gate, up and their product
     logits          V in 2 and in 4 bytes for each row, or for each token where all are asked for
+    workspace       8 MiB, which plans of any size have
+
+Engines of TensorRT for RTX 1.7 say that they need, in MiB: 61.5 for 512 tokens at 2B's width with 2048 slots,
+where 64.2 is estimated; 10.2 for 256 tokens of the model that ships (10.0); for a token of either 7.9 and 7.8
+(8.3 and 8.0).
 
 What an engine was really built with stands in its manifest, by profile, and `inspect` shows it.
 """
@@ -26,6 +31,7 @@ from gemma_export.exporter.engines.request import RTX_SMS
 from gemma_export.exporter.schemes import PRECISIONS, SCHEMES, Scheme
 
 _HALF, _FLOAT = 2, 4
+_WORKSPACE = 8 << 20
 _STEP = 64
 """A cache's length that is offered is a multiple of this."""
 _SHORTEST = 256
@@ -100,7 +106,7 @@ class MemoryPlan:
         mlp = rows * tokens * 3 * c.intermediate_size * _HALF
         steady = rows * tokens * (self.slots * _HALF + c.hidden_size * (_HALF + _FLOAT))
         logits = rows * (tokens if self.all_logits else 1) * c.vocab_size * (_HALF + _FLOAT)
-        return steady + max(attention, mlp) + logits
+        return steady + max(attention, mlp) + logits + _WORKSPACE
 
 
 def check_memory(plan: MemoryPlan, device: Device | None, memory: int | None) -> None:

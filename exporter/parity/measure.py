@@ -157,7 +157,8 @@ def _quantized(manifest: Manifest) -> Quantized | None:
     found = manifest.quantization
     if found is None:
         return None
-    forms = Counter(tensor.form for tensor in found.tensors.values())
+    # A Counter would not survive `asdict`, which makes a new one of pairs.
+    forms = dict(Counter(tensor.form for tensor in found.tensors.values()))
     return Quantized(manifest.scheme, forms, found.kept, manifest.cache_dtype)
 
 

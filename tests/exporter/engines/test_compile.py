@@ -13,10 +13,13 @@ from gemma_export.errors import EngineError, GemmaExportError, MissingDependency
 from gemma_export.exporter import compile as compiling
 from gemma_export.exporter import pipeline
 from gemma_export.exporter.compile import compile_bundle
+from gemma_export.exporter.config import preset
 from gemma_export.exporter.engines import build, preflight
+from gemma_export.exporter.engines.budget import MemoryPlan
 from gemma_export.exporter.engines.options import EngineOptions
 from gemma_export.exporter.events import Event, StageFinished
 from gemma_export.exporter.request import BuildRequest
+from gemma_export.exporter.schemes import scheme_for
 from gemma_export.runtime.archive import pack, unpack
 from gemma_export.runtime.bundle import MANIFEST_NAME, open_bundle
 from gemma_export.runtime.manifest import EngineInfo
@@ -106,10 +109,18 @@ def test_inspect_shows_the_engines_audit(compiled: Path, invoke: Callable[..., O
     assert f"TensorRT for RTX {info.version}, for SM 89" in shown
     assert all(kind in shown for kind in info.kernels)
     assert "1 row of 1 to 256 tokens, activations" in shown
-    assert "1.25 MiB for 1 row of 256 tokens" in shown  # 2 · 5 layers · 1 head · 256 · 128 · 2 bytes · 2
+    assert "0.62 MiB for 1 row of 256 tokens" in shown  # 2 · 5 layers · 1 head · 256 · 128 · 2 bytes
     fitting = next(line for line in shown.splitlines() if line.startswith("fits on"))
     assert "rtx-4060" in fitting
     assert "orin" not in fitting
+
+
+def test_activations_are_about_what_was_estimated(compiled: Path) -> None:
+    (info,) = open_bundle(compiled).manifest.engines
+    plan = MemoryPlan(preset("tiny"), "rtx", "fp16", scheme_for("rtx", "fp16"), 256, 1, 256)
+    measured = max(profile.activation_bytes for profile in info.profiles)
+    # Kernels decide what lives at once: a tenth is what the estimate may be off by.
+    assert plan.activations == pytest.approx(measured, rel=0.1)
 
 
 def test_engines_travel_without_the_graph(compiled: Path, tmp_path: Path) -> None:
