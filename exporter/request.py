@@ -13,7 +13,7 @@ from gemma_export.errors import UsageError
 from gemma_export.exporter.calibration_request import OBSERVERS, CalibrationRequest, Observer
 from gemma_export.exporter.config import SIZES, GemmaConfig
 from gemma_export.exporter.engines.options import EngineOptions
-from gemma_export.exporter.engines.request import EngineRequest
+from gemma_export.exporter.engines.request import FLAVOURS, EngineRequest
 from gemma_export.exporter.schemes import (
     PRECISIONS,
     SCHEMES,
@@ -188,9 +188,8 @@ class BuildRequest:
         Raises:
             UsageError: The cache or a prefill chunk is longer than what the model was trained for.
         """
-        if self.target != "rtx" and self.target != "tensorrt":
-            return None
-        return self.engines.request(self.target, self.cache_slots(config))
+        flavour = next((flavour for flavour in FLAVOURS if flavour == self.target), None)
+        return None if flavour is None else self.engines.request(flavour, self.cache_slots(config))
 
     def output_folder(self, config: GemmaConfig) -> Path:
         """Where the bundle goes."""

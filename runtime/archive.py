@@ -60,7 +60,11 @@ def pack(bundle: Path, archive: Path, *, engines_only: bool = False, progress: P
     with disk_errors(archive):
         archive.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with draft.open("wb") as file, _writing(file) as tar:
+            with (
+                draft.open("wb") as file,
+                # Of its own accord it copies 16 kB at a time.
+                tarfile.TarFile(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=_BLOCK) as tar,
+            ):
                 tar.addfile(_member(MANIFEST_NAME, len(text)), io.BytesIO(text))
                 _add_files(tar, opened, manifest, progress)
             size = draft.stat().st_size
@@ -86,6 +90,7 @@ def unpack(archive: Path, folder: Path, progress: Progress | None = None) -> Man
         BundleError: The archive is damaged, cut short, unsafe, or none of a bundle.
         UsageError: There is no such file.
         StorageError: It cannot be read, or the disk has no room for what is in it.
+        OSError: The disk refuses while it is written.
     """
     with _reading(archive) as tar:
         manifest = _read_manifest(tar, folder, archive)
@@ -105,10 +110,6 @@ def unpack(archive: Path, folder: Path, progress: Progress | None = None) -> Man
     if missing := sorted(manifest.files.keys() - seen):
         raise BundleError(f"{archive} ends before {missing[0]}.", _AGAIN)
     return open_bundle(folder, check="sizes").manifest
-
-
-def _writing(file: IO[bytes]) -> tarfile.TarFile:
-    return tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT, copybufsize=_BLOCK)
 
 
 def _engines_only(manifest: Manifest, bundle: Path) -> Manifest:

@@ -45,7 +45,10 @@ def build(request: BuildRequest, as_json: options.Json = False, quiet: options.Q
 def _next_steps(path: Path, manifest: Manifest) -> Iterator[str]:
     """What to type after a build, as one can paste it into a shell."""
     shell = quote(str(path))
-    if manifest.compute_dtype != "bfloat16":  # A CPU, which is what these run on, has no arithmetic for it.
+    if manifest.engines:  # They run on their GPU, which need not be here.
+        yield f"gemma-export inspect {shell}"
+        yield f"gemma-export pack {shell} {quote(f'{path.name}.tar')} --engines-only"
+    elif manifest.compute_dtype != "bfloat16":  # A CPU has no arithmetic for it.
         yield f"gemma-export generate {shell} 'Once upon a time'"
         yield f"gemma-export chat {shell}"
     if manifest.parity.verdict == "not run":
