@@ -15,6 +15,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs import spec, spec_cuda, spec_tensorrt
 from gemma_export.graphs.formats import TABLE, Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
+from gemma_export.graphs.passes.fix_total_length import fix_total_length
 from gemma_export.graphs.passes.flatten_tokens import flatten_tokens
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
@@ -171,12 +172,14 @@ def cuda(formats: Formats) -> Schedule:
     """The canonical graph → what onnxruntime's CUDA provider runs best: that of a CPU, in 16 bits."""
     half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
     if formats.quantization is None:
-        return Schedule((*CPU, Step(half), Step(remove_dead_code)), spec_cuda.CUDA)
+        steps = (*CPU, Step(fix_total_length, _once_a_layer), Step(half), Step(remove_dead_code))
+        return Schedule(steps, spec_cuda.CUDA)
     linears = formats.quantization.linears
     floats = sum(form == "float" for form in formats.forms.values())
     steps = (
         *_scaled(formats.quantization),
         Step(lower_group_query_attention, _once_a_layer),
+        Step(fix_total_length, _once_a_layer),
         Step(partial(quantize_linear, linears=linears, accuracy_level=TAKES_X)),
         Step(partial(quantize_embedding, linears=linears, accuracy_level=TAKES_X)),
         Step(lower_linear, lambda n: floats),

@@ -16,7 +16,7 @@ _FLOATS = _HALVES | {ir.DataType.FLOAT}
 _COUNTS = frozenset({ir.DataType.INT32, ir.DataType.INT64})
 
 KERNELS: Mapping[str, frozenset[ir.DataType]] = {
-    "Add": _FLOATS | _COUNTS,
+    "Add": _FLOATS,
     "Cast": _FLOATS | _COUNTS | {ir.DataType.UINT8},
     "FusedMatMul": _FLOATS,
     "Gather": _FLOATS | _COUNTS | {ir.DataType.UINT8},
@@ -25,7 +25,6 @@ KERNELS: Mapping[str, frozenset[ir.DataType]] = {
     "MatMulNBits": _FLOATS,
     "Mul": _FLOATS,
     "RMSNormalization": _FLOATS,
-    "ReduceMax": _COUNTS,
     "Reshape": _FLOATS,
     "Slice": _FLOATS,
     "Split": _FLOATS,

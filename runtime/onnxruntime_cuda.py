@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gemma_export.errors import BundleError, DeviceError, GemmaExportError
+from gemma_export.runtime.backend import Ids, Logits
 from gemma_export.runtime.bundle import Bundle
 from gemma_export.runtime.cuda_libraries import load_cuda_provider
 from gemma_export.runtime.kv_cache import STORAGE, Array, KVCache
@@ -23,6 +24,8 @@ _CONFIGURATION = {
     "session.use_device_allocator_for_initializers": "1",
 }
 _PROVIDER_OPTIONS = {"device_id": "0", "arena_extend_strategy": "kSameAsRequested"}
+
+_WARNING = 2  # onnxruntime's own choice of what it logs outside of sessions
 
 _ON_THE_CPU = "assigned to the default CPU EP"
 _FAILURE = re.compile(r"CUDA failure (?P<code>\d+): (?P<reason>.*?) ?;")
@@ -49,6 +52,7 @@ class CudaBackend(LoadedGraph):
         for key, value in _CONFIGURATION.items():
             options.add_session_config_entry(key, value)
         path = bundle.file(bundle.manifest.graph.file)
+        ort.set_default_logger_severity(FATAL)
         try:
             session = ort.InferenceSession(
                 str(path),
@@ -60,6 +64,8 @@ class CudaBackend(LoadedGraph):
         except Exception as error:
             # onnxruntime's exceptions share no base of their own.
             raise _refusal(str(path), error) from error
+        finally:
+            ort.set_default_logger_severity(_WARNING)
         if PROVIDER not in session.get_providers():
             raise DeviceError(
                 f"onnxruntime {ort.__version__} runs {path} with {', '.join(session.get_providers())}, "
@@ -67,6 +73,17 @@ class CudaBackend(LoadedGraph):
                 "Update the driver of the GPU, or build the bundle with --target cpu.",
             )
         super().__init__(session, bundle.manifest, "cuda")
+
+    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache) -> Logits:
+        """As `Backend.run`; several tokens of several rows are run one row after the other.
+
+        The operator that attends to the cache takes them so only (`graphs.passes.fix_total_length`).
+        """
+        if min(input_ids.shape) == 1:
+            return super().run(input_ids, position_ids, cache)
+        run = super().run
+        rows = [run(input_ids[i : i + 1], position_ids[i : i + 1], cache.row(i)) for i in range(cache.batch)]
+        return np.concatenate(rows)
 
     def new_cache(self, batch: int) -> KVCache:
         """As `Backend.new_cache`; the memory is the device's.
