@@ -159,7 +159,7 @@ def _quantized(manifest: Manifest) -> Quantized | None:
         return None
     # A Counter would not survive `asdict`, which makes a new one of pairs.
     forms = dict(Counter(tensor.form for tensor in found.tensors.values()))
-    return Quantized(manifest.scheme, forms, found.kept, manifest.cache_dtype)
+    return Quantized(manifest.scheme, dict(forms), found.kept, manifest.cache_dtype)
 
 
 def _how(manifest: Manifest) -> str:
