@@ -96,12 +96,12 @@ def _compile(
     network = builder.create_network(_strongly_typed(trt))
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(source.file)):
-        reasons = "; ".join(parser.get_error(i).desc().strip().rstrip(".") for i in range(parser.num_errors))
+        reasons = "; ".join(_reason(parser.get_error(index)) for index in range(parser.num_errors))
         raise EngineError(
             f"TensorRT {trt.__version__} does not take {source.file.name}: {reasons or log.why()}.",
             "Build the bundle again, with this release of gemma-export.",
         )
-    check(read_network(trt, network, log.messages))
+    check(read_network(trt, network))
     kept = keep_codes(trt, network, source.uses) if TURING in sms else []
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -132,7 +132,14 @@ def _compile(
             f"TensorRT {trt.__version__} cannot compile {source.file.name}{targets}: {log.why()}.",
             "If memory ran out, free some; otherwise another --precision may compile.",
         )
+    progress(100, 100)  # Of its last phases TensorRT tells nothing.
     return int(writer.written)
+
+
+def _reason(error: Any) -> str:
+    """What the parser says, and of which node."""
+    node = f" ({error.node_operator()} {error.node_name()})" if error.node_name() else ""
+    return error.desc().strip().rstrip(".") + node
 
 
 def _strongly_typed(trt: Any) -> int:

@@ -1,6 +1,5 @@
 """What TensorRT's parser made of a graph, before it is compiled."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,19 +26,23 @@ class NetworkFacts:
     Attributes:
         attention: The causal form of every attention, by the operator's name.
         updates: Every write into the cache.
-        ignored: What the parser said of inputs it takes no notice of.
+        unread: Inputs that the parser takes no notice of, by name.
     """
 
     attention: dict[str, str]
     updates: tuple[CacheUpdate, ...]
-    ignored: tuple[str, ...]
+    unread: tuple[str, ...]
 
 
-def read_network(trt: Any, network: Any, messages: Sequence[str]) -> NetworkFacts:
-    """Reads a network that was just parsed; `messages` are the parser's."""
-    attention, updates = {}, []
+def read_network(trt: Any, network: Any) -> NetworkFacts:
+    """Reads a network that was just parsed."""
+    attention: dict[str, str] = {}
+    updates: list[CacheUpdate] = []
+    read: set[str] = set()
     for index in range(network.num_layers):
         layer = network.get_layer(index)
+        operands = (layer.get_input(number) for number in range(layer.num_inputs))
+        read |= {operand.name for operand in operands if operand is not None}
         if layer.type == trt.LayerType.ATTENTION_INPUT:
             layer.__class__ = trt.IAttentionInputLayer  # The binding's way to a layer's own attributes.
             found = layer.attention
@@ -50,5 +53,5 @@ def read_network(trt: Any, network: Any, messages: Sequence[str]) -> NetworkFact
         elif layer.type == trt.LayerType.KV_CACHE_UPDATE:
             source, result = layer.get_input(0), layer.get_output(0)
             updates.append(CacheUpdate(layer.name, source.is_network_input, result.is_network_output))
-    ignored = tuple(message.strip() for message in messages if "Unused Input" in message)
-    return NetworkFacts(attention, tuple(updates), ignored)
+    inputs = (network.get_input(index).name for index in range(network.num_inputs))
+    return NetworkFacts(attention, tuple(updates), tuple(name for name in inputs if name not in read))

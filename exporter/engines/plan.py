@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from gemma_export.errors import EngineError
 
 _LIST = "Layers:"
+_UNREAD = "Unused Input:"
 _KERNEL = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>\w+), Inputs: (?P<inputs>.*?), "
     r"(?:Constants: (?P<constants>.*?), )?Outputs: (?P<outputs>.*?), TacticName: .*?"
@@ -85,11 +86,13 @@ class PlanText:
         kernels: All of them, in their order.
         weight_bytes: Device memory of the weights.
         activation_bytes: Device memory a step needs, by profile.
+        unread: Inputs that no kernel reads, by name.
     """
 
     kernels: tuple[Kernel, ...]
     weight_bytes: int
     activation_bytes: tuple[int, ...]
+    unread: tuple[str, ...] = ()
 
 
 def read_plan(log: Sequence[str]) -> PlanText:
@@ -106,7 +109,10 @@ def read_plan(log: Sequence[str]) -> PlanText:
     lines = (line.strip() for line in text.splitlines())
     kernels = tuple(_kernel(line) for line in lines if ", LayerType: " in line)
     return PlanText(
-        tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNELS), weights[0], activations
+        tuple(kernel for kernel in kernels if kernel.kind not in _NO_KERNELS),
+        weights[0],
+        activations,
+        tuple(m.removeprefix(_UNREAD).strip() for m in log if m.startswith(_UNREAD)),
     )
 
 

@@ -69,6 +69,7 @@ def audit_plan(
         weights: Bytes of the graph's weights as they are stored.
     """
     findings = [
+        *(f"it takes no notice of the input {name}" for name in plan.unread),
         *_profile_findings(plan, profiles),
         *_attention_findings(plan, len(caches) // 2, profiles),
         *_cache_findings(plan, caches, profiles),
@@ -112,7 +113,7 @@ _HINT = "Nothing was kept. Build the bundle again with this release; if it stays
 
 
 def _network_findings(facts: NetworkFacts, layers: int) -> Iterator[str]:
-    yield from facts.ignored
+    yield from (f"it takes no notice of the input {name}" for name in facts.unread)
     for name, kind in facts.attention.items():
         if kind == "UPPER_LEFT":
             yield f"{name} masks as if its first query stood at the cache's first slot, always"

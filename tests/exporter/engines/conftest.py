@@ -1,0 +1,24 @@
+"""Graphs that engines are built from, written once."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.engine_graphs import Written, write_engine_graph
+
+EngineGraphs = Callable[..., Written]
+
+
+@pytest.fixture(scope="session")
+def engine_graph(tmp_path_factory: pytest.TempPathFactory) -> EngineGraphs:
+    """The shipped model's first layers in a scheme: `engine_graph("fp16")`, or `("fp16", layers=5)`."""
+    written: dict[tuple[str, int], Written] = {}
+
+    def graph(scheme: str, layers: int = 2) -> Written:
+        key = scheme, layers
+        if key not in written:
+            folder: Path = tmp_path_factory.mktemp(f"{scheme}-{layers}")
+            written[key] = write_engine_graph(folder, scheme, layers)
+        return written[key]
+
+    return graph
