@@ -63,7 +63,7 @@ class CudaBackend(LoadedGraph):
             )
         except Exception as error:
             # onnxruntime's exceptions share no base of their own.
-            raise _refusal(str(path), error) from error
+            raise refusal(str(path), error, ort.__version__, ort.cuda_version) from error
         finally:
             ort.set_default_logger_severity(_WARNING)
         if PROVIDER not in session.get_providers():
@@ -146,9 +146,16 @@ class DeviceBuffer:
         return array if dtype is None else array.astype(dtype)
 
 
-def _refusal(path: str, error: Exception) -> GemmaExportError:
-    """What to say of a session that could not be made."""
-    reason, version = str(error), ort.__version__
+def refusal(path: str, error: Exception, version: str, cuda: str) -> GemmaExportError:
+    """What to say of a session that could not be made.
+
+    Args:
+        path: The graph's file.
+        error: What onnxruntime raised.
+        version: onnxruntime's.
+        cuda: The version of CUDA that it was built with, as in 13.0.
+    """
+    reason = str(error)
     if _ON_THE_CPU in reason:
         return BundleError(
             f"The CUDA provider of onnxruntime {version} has no kernel for a part of {path}.",
@@ -163,7 +170,7 @@ def _refusal(path: str, error: Exception) -> GemmaExportError:
     if failure is not None:
         return DeviceError(
             f"onnxruntime {version} cannot use a GPU: {failure['reason']} (CUDA error {failure['code']}).",
-            f"It needs an NVIDIA GPU and a driver for CUDA {ort.cuda_version}; `nvidia-smi` shows both.",
+            f"It needs an NVIDIA GPU and a driver for CUDA {cuda}; `nvidia-smi` shows both.",
         )
     return BundleError(
         f"onnxruntime {version} cannot load {path} with CUDA: {first_line(error)}",

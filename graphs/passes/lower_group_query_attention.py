@@ -178,5 +178,8 @@ def lower_group_query_attention(model: ir.Model) -> int:
             stand_in(new, old)
             old.replace_all_uses_with(new, replace_graph_outputs=True)
             old.name = f"{new.name}.replaced"
+        # What attention gives keeps its name, by which an audit knows it.
+        attended = layer.attention.outputs[0]
+        fused.outputs[0].name, attended.name = attended.name, f"{attended.name}.replaced"
     model.opset_imports[MICROSOFT] = 1
     return len(found)

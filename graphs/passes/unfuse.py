@@ -11,7 +11,7 @@ numbers that it makes of codes. On a CPU, MatMulNBits would round x instead, or 
 
 Codes are read where they lie in the file, in as many rows as have `most` numbers.
 
-Illegal, and an error, when codes are not in a file, or have zero points.
+Illegal, and an error, when codes are not stored, or have zero points.
 
 Source: onnxruntime `docs/ContribOperators.md`.
 """
@@ -38,7 +38,7 @@ def unfuse(model: ir.Model, most: int = MOST_NUMBERS) -> int:
         most: Numbers of a weight that are made of codes at once.
 
     Raises:
-        GraphError: There are codes that are not in a file, or have zero points.
+        GraphError: There are codes that are not stored, or have zero points.
     """
     graph = model.graph
     count = 0
@@ -70,10 +70,9 @@ def _dequantize(graph: ir.Graph, fused: ir.Node, most: int) -> None:
     assert x is not None
     assert codes is not None
     assert scales is not None
-    stored = codes.const_value
-    if not isinstance(stored, ir.ExternalTensor) or any(fused.inputs[3:]):
+    if codes.const_value is None or any(fused.inputs[3:]):
         raise GraphError(
-            f"{codes.name} cannot be measured: its codes are not in a file, or have zero points.",
+            f"{codes.name} cannot be measured: its codes are not stored, or have zero points.",
             "This is a defect of a graph pass: please report it.",
         )
     rows, columns = fused.attributes["N"].as_int(), fused.attributes["K"].as_int()
@@ -82,7 +81,7 @@ def _dequantize(graph: ir.Graph, fused: ir.Node, most: int) -> None:
     parts = []
     for start in range(0, rows, step):
         count = min(step, rows - start)
-        piece = _rows(graph, codes, stored, start, (count, columns), CODES[bits])
+        piece = _rows(graph, codes, start, (count, columns), bits)
         zero = _zeros(graph, f"{piece.name}.zero", (count, columns // block), bits)
         steps = scales if count == rows else _slice(graph, fused, scales, start, count)
         numbers = _insert(
@@ -171,26 +170,26 @@ def _product(graph: ir.Graph, before: ir.Node, x: ir.Value | None, weight: ir.Va
     return product
 
 
-def _rows(
-    graph: ir.Graph,
-    codes: ir.Value,
-    stored: ir.ExternalTensor,
-    start: int,
-    shape: tuple[int, int],
-    dtype: ir.DataType,
-) -> ir.Value:
-    """Some rows of stored codes [N, G, ..] as another initializer [rows, K] over the same bytes."""
-    row_bytes = stored.nbytes // int(stored.shape[0])
-    name = f"{codes.name}.{start}"
-    tensor = ir.ExternalTensor(
-        stored.location,
-        (stored.offset or 0) + start * row_bytes,
-        shape[0] * row_bytes,
-        dtype,
-        shape=ir.Shape(shape),
-        name=name,
-        base_dir=stored.base_dir,
-    )
+def _rows(graph: ir.Graph, codes: ir.Value, start: int, shape: tuple[int, int], bits: int) -> ir.Value:
+    """Some rows of stored codes [N, G, ..] as another initializer [rows, K], over the same bytes."""
+    name, stored, dtype = f"{codes.name}.{start}", codes.const_value, CODES[bits]
+    assert stored is not None
+    tensor: ir.TensorProtocol
+    if isinstance(stored, ir.ExternalTensor):
+        row_bytes = stored.nbytes // int(stored.shape[0])
+        tensor = ir.ExternalTensor(
+            stored.location,
+            (stored.offset or 0) + start * row_bytes,
+            shape[0] * row_bytes,
+            dtype,
+            shape=ir.Shape(shape),
+            name=name,
+            base_dir=stored.base_dir,
+        )
+    else:  # So small that it stands in the graph itself.
+        rows = stored.numpy()[start : start + shape[0]]
+        numbers = rows if bits == 8 else np.stack([rows & 15, rows >> 4], axis=-1)
+        tensor = ir.Tensor(numbers.reshape(shape).astype(dtype.numpy()), name=name)
     value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(value)
     return value

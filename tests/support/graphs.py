@@ -1,5 +1,7 @@
 """Small graphs to run passes on: written as ONNX text, or traced from the real decoder."""
 
+from pathlib import Path
+
 import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
@@ -54,14 +56,18 @@ def from_text(body: str, **weights: npt.ArrayLike) -> ir.Model:
     return model
 
 
-def run(model: ir.Model, feeds: dict[str, npt.NDArray[np.generic]]) -> dict[str, Array]:
-    """Outputs by name, by onnxruntime without its own fusions.
+def run(
+    model: ir.Model, feeds: dict[str, npt.NDArray[np.generic]], folder: Path | None = None
+) -> dict[str, Array]:
+    """Outputs by name, by onnxruntime without its own fusions; weights in files are those of `folder`.
 
     What is constant it evaluates: products of blocks give zeros where their scales are no constants.
     """
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.log_severity_level = 3
+    if folder is not None:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     session = ort.InferenceSession(
         ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
