@@ -3,14 +3,17 @@
 Symbols in shape comments: n tokens, N rows of a weight (or some of them), K columns.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from gemma_export.calibration.slices import in_row_slices
 from gemma_export.graphs.formats import Form, Rounding, WeightFormat
 from gemma_export.graphs.quantization import round_per_tensor, round_per_token, round_trip
+from gemma_export.graphs.quantized import SLICE_VALUES
 
 InputRounding = Literal["none", "token", "block", "tensor"]
 
@@ -42,16 +45,31 @@ class Arithmetic:
             case "none":
                 return x
             case "token":
-                return round_per_token(x)
+                return _row_by_row(round_per_token, x)
             case "block":
-                return round_per_token(x, self.weights.block)
+                return _row_by_row(lambda rows: round_per_token(rows, self.weights.block), x)
             case "tensor":
-                assert self.input_scale is not None
-                return round_per_tensor(x, self.input_scale)
+                scale = self.input_scale
+                assert scale is not None
+                return _row_by_row(lambda rows: round_per_tensor(rows, scale), x)
 
     def round_weight(self, rows: Tensor, rounding: Rounding = "nearest") -> Tensor:
-        """What the product computes with instead of rows [N, K] of W."""
-        return round_trip(rows, self.weights, rounding)
+        """What the product computes with instead of rows [N, K] of W: fp32."""
+        return _row_by_row(lambda part: round_trip(part, self.weights, rounding), rows)
+
+
+def _row_by_row(rounding: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """A matrix [n, K] rounded, as rows can be without each other: fp32.
+
+    A search for scales goes over its numbers a hundred times: out of memory that takes ten times as long.
+    """
+    rounded = torch.empty_like(rows, dtype=torch.float32)
+
+    def work(start: int, stop: int) -> None:
+        rounded[start:stop] = rounding(rows[start:stop])
+
+    in_row_slices(work, len(rows), max(1, SLICE_VALUES // rows.shape[1]))
+    return rounded
 
 
 class Target:

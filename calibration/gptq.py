@@ -14,16 +14,16 @@ Symbols in shape comments: R rows of a weight, K columns, k columns of one block
 one scale, G groups in all.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from gemma_export.calibration.slices import in_row_slices
 from gemma_export.calibration.statistics import column_blocks
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import scales_for
-from gemma_export.graphs.quantized import WORKERS, in_slices
+from gemma_export.graphs.quantized import WORKERS
 
 DAMPING = 0.1
 """What is added to every diagonal element of H, as a part of it: the text shows only some of what x can be.
@@ -103,7 +103,6 @@ def gptq(rows: Tensor, feedback: Sequence[Tensor], form: WeightFormat) -> tuple[
     codes = torch.empty(rows.shape, dtype=torch.int8)
     scales = torch.empty(len(rows), form.groups(columns))
 
-    @torch.inference_mode()  # A thread of its own does not inherit it.
     def work(start: int, stop: int) -> None:
         part = rows[start:stop].float()
         if form.block is None:
@@ -113,20 +112,8 @@ def gptq(rows: Tensor, feedback: Sequence[Tensor], form: WeightFormat) -> tuple[
             columnwise = part[:, block].T.contiguous()
             codes[start:stop, block] = _columns(columnwise, matrix, form, scales[start:stop, groups]).T
 
-    with _one_thread_each():
-        in_slices(work, 0, len(rows), min(ROWS, -(-len(rows) // WORKERS)))
+    in_row_slices(work, len(rows), min(ROWS, -(-len(rows) // WORKERS)))
     return codes, scales
-
-
-@contextmanager
-def _one_thread_each() -> Iterator[None]:
-    """Of torch, for the threads that begin within: the columns are too short to be shared out."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _columns(weight: Tensor, feedback: Tensor, form: WeightFormat, scales: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ SAMPLE_VALUES = 2**22
 """Of an input, what is kept: so many tokens, or fewer where they have many channels (17 MB)."""
 HESSIAN_COLUMNS = 4096
 """The most channels whose products with each other are summed: 67 MB for each block of so many."""
+STRIP = 1024
+"""Rows of such a block that are summed at once, from the diagonal on: the rest is the same, mirrored."""
 # The fractional parts of its multiples are spread more evenly than those of any other number, whatever
 # stretch of them is looked at.
 _GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -71,7 +73,7 @@ class InputStatistics:
         self.seen += len(x)
         if self._hessian is not None:
             for block, hessian in zip(column_blocks(self.channels), self._hessian, strict=True):
-                hessian.addmm_(x[:, block].T, x[:, block])
+                _add_upper(hessian, x[:, block])
 
     @property
     def absmax(self) -> Tensor:
@@ -107,4 +109,20 @@ class InputStatistics:
         """
         if self._hessian is None:
             raise ValueError("these statistics have no Hessian")
+        for hessian in self._hessian:
+            _mirror(hessian)
         return self._hessian
+
+
+def _add_upper(hessian: Tensor, x: Tensor) -> None:
+    """Adds XᵀX to a matrix [k, k], of x [T, k]: to its strips from the diagonal on."""
+    for start in range(0, len(hessian), STRIP):
+        strip = slice(start, start + STRIP)
+        hessian[strip, start:].addmm_(x[:, strip].T, x[:, start:])
+
+
+def _mirror(hessian: Tensor) -> None:
+    """Copies what is beside the strips' diagonal blocks to below these."""
+    for start in range(0, len(hessian), STRIP):
+        strip, rest = slice(start, start + STRIP), slice(start + STRIP, None)
+        hessian[rest, strip] = hessian[strip, rest].T

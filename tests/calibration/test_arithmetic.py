@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma_export.calibration import arithmetic
 from gemma_export.calibration.arithmetic import Arithmetic, Target
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import round_per_tensor, round_per_token, round_trip
@@ -23,8 +24,10 @@ def test_each_rounding_of_the_input_is_that_of_the_graph():
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "mse"])
-def test_weights_are_rounded_as_they_are_stored(rounding):
-    rows, form = random(6, 32), WeightFormat(4, 16, negative_scales=True)
+@pytest.mark.parametrize("values", [1, 96, 2**18], ids=lambda values: f"{values} values at a time")
+def test_weights_are_rounded_as_they_are_stored(rounding, values, monkeypatch):
+    monkeypatch.setattr(arithmetic, "SLICE_VALUES", values)
+    rows, form = random(7, 32), WeightFormat(4, 16, negative_scales=True)
     assert torch.equal(
         Arithmetic("w4", form, "block").round_weight(rows, rounding), round_trip(rows, form, rounding)
     )

@@ -50,6 +50,16 @@ def test_a_wide_hessian_is_in_blocks(monkeypatch):
         torch.testing.assert_close(part, whole[block, block])
 
 
+@pytest.mark.parametrize("strip", [1, 3, 7, 10, 64])
+def test_the_strips_of_a_hessian_make_all_of_it(monkeypatch, strip):
+    monkeypatch.setattr(statistics, "STRIP", strip)
+    x = torch.randn(20, 10, generator=torch.Generator().manual_seed(0))
+    seen = shown(x[:12], hessian=True)
+    torch.testing.assert_close(seen.hessian, [x[:12].T @ x[:12]])
+    seen.add(x[12:])  # What was mirrored is mirrored again.
+    torch.testing.assert_close(seen.hessian, [x.T @ x])
+
+
 def test_nobody_gets_a_hessian_that_was_not_asked_for():
     with pytest.raises(ValueError, match="no Hessian"):
         _ = shown(numbered(3)).hessian
