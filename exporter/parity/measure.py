@@ -143,7 +143,7 @@ def _measure(
             budget=budget_of(manifest),
             on_event=listener,
         )
-        report = replace(report, quantized=_quantized(manifest))
+        report = replace(report, quantized=what_is_quantized(manifest))
         facts |= {
             "verdict": report.verdict,
             "KL": report.figures.mean_kl,
@@ -153,7 +153,8 @@ def _measure(
     return report
 
 
-def _quantized(manifest: Manifest) -> Quantized | None:
+def what_is_quantized(manifest: Manifest) -> Quantized | None:
+    """What a manifest says of it, for a report; None where nothing is."""
     found = manifest.quantization
     if found is None:
         return None

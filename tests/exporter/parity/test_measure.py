@@ -1,14 +1,17 @@
-"""Which checkpoint a bundle is held against when none is named."""
+"""Which checkpoint a bundle is held against when none is named, and what its manifest tells the report."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
 from gemma_export.errors import CheckpointError
 from gemma_export.exporter.config import tiny_folder
-from gemma_export.exporter.parity.measure import source_of_bundle
+from gemma_export.exporter.parity.measure import source_of_bundle, what_is_quantized
+from gemma_export.exporter.parity.report import Quantized
 from gemma_export.runtime.bundle import Manifest, open_bundle
+from gemma_export.runtime.manifest import QuantizationInfo, QuantizedTensor
 
 TOKENIZER = tiny_folder() / "tokenizer.model"
 
@@ -51,3 +54,14 @@ def test_random_weights_are_made_again(manifest: Manifest) -> None:
 def test_a_named_checkpoint_wins(manifest: Manifest) -> None:
     named = built_from(manifest, source="random weights, seed 5")
     assert source_of_bundle(named, tiny_folder(), TOKENIZER).checkpoint.folder == tiny_folder()
+
+
+def test_a_report_names_the_layers_that_keep_16_bits(manifest: Manifest) -> None:
+    assert what_is_quantized(manifest) is None
+    forms = {"embed_tokens": "w8", "layers.0.mlp.down_proj": "float", "layers.0.self_attn.o_proj": "w8"}
+    tensors = {name: QuantizedTensor(form, "nearest", "", 8, None, 1, None) for name, form in forms.items()}
+    kept = {"layers.0.mlp.down_proj": "it costs too much"}
+    info = QuantizationInfo(None, 0, 0, kept, tensors)
+    found = what_is_quantized(replace(manifest, scheme="w8a16", cache_dtype="int8", quantization=info))
+    assert found == Quantized("w8a16", {"w8": 2, "float": 1}, kept, "int8")
+    assert json.loads(json.dumps(asdict(found))) == asdict(found)

@@ -198,8 +198,8 @@ def test_the_page_says_which_layers_keep_16_bits_and_why():
         "Kept in 16 bits",
         "layers.0.mlp.down_proj quantized alone as w8 it has a KL of 0.01 <and more>",
         "KV cache int8, a scale for the keys and one for the values of each head and layer: keys off by at "
-        "most 0.0003 of the largest (layer 1; in the mean 1 · 10⁻⁵), values off by at most 0.002 of the largest "
-        "(layer 1; in the mean 2 · 10⁻⁵).",
+        "most 0.0003 of the largest (layer 1; in the mean 1 · 10⁻⁵), values off by at most 0.002 of the "
+        "largest (layer 1; in the mean 2 · 10⁻⁵).",
     ):
         assert words in page.text, words
     assert "What is quantized" not in Page(html("plain")).text
