@@ -21,7 +21,7 @@ from gemma_export.graphs.passes.patterns import ints, last_dim
 from gemma_export.graphs.passes.quantized_layers import add_constant
 from gemma_export.graphs.tensors import streamed
 
-BY_CHANNEL = frozenset({"Add", "Gelu", "MatMul", "Mul", "RMSNormalization"})
+BY_CHANNEL = frozenset({"Add", "Div", "Gelu", "MatMul", "Mul", "RMSNormalization", "Tanh"})
 """Operators that do the same with every token."""
 TOKENS, LAST_TOKENS = ir.SymbolicDim("tokens_of_all_rows"), ir.SymbolicDim("last_tokens_of_all_rows")
 """Names of the one axis: of all tokens, and of each row's last."""
@@ -91,7 +91,8 @@ class _Decoder:
         assert product is not None
         output.shape = ir.Shape(["batch", "tokens" if rows is TOKENS else 1, vocabulary])
         output.dtype, self._graph.outputs[0] = logits.dtype, output
-        output.name, logits.name, product.name = logits.name, "lm_head", "lm_head"
+        name = "lm_head" if find_linear(product) is not None else "soft_cap"
+        output.name, logits.name, product.name = logits.name, name, name
         self._graph.insert_after(product, reshape)
 
     def _keeps_tokens_apart(self, node: ir.Node) -> bool:
