@@ -159,7 +159,7 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = GatedMLP(config)
-        self.post_norms = config.post_norms
+        self.config = config
         if config.post_norms:
             self.pre_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             self.post_feedforward_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -167,7 +167,7 @@ class DecoderLayer(nn.Module):
     @property
     def mlp_norm(self) -> RMSNorm:
         """The norm whose output the MLP reads."""
-        return self.pre_feedforward_layernorm if self.post_norms else self.post_attention_layernorm
+        return self.pre_feedforward_layernorm if self.config.post_norms else self.post_attention_layernorm
 
     def forward(
         self,
@@ -196,7 +196,7 @@ class DecoderLayer(nn.Module):
         attended, key, value = self.self_attn(
             self.input_layernorm(x), position_ids, cos, sin, mask, key, value
         )
-        if not self.post_norms:
+        if not self.config.post_norms:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x)), key, value
         x = x + self.post_attention_layernorm(attended)

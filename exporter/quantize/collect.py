@@ -29,7 +29,7 @@ from gemma_export.exporter import events
 from gemma_export.exporter.checkpoints.safetensors import read_safetensors
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.quantize.codes import CodesFile
-from gemma_export.exporter.quantize.emulate import MERGED
+from gemma_export.exporter.quantize.emulate import merged_layers
 from gemma_export.exporter.quantize.recipes import linear_names, recipes, weight_format, without_text
 from gemma_export.exporter.request import Scheme
 from gemma_export.exporter.source import Source
@@ -42,16 +42,9 @@ from gemma_export.runtime.manifest import CacheScales
 CODES_FILE = "scales.safetensors"
 STAGE = "calibration"
 
-# What each linear layer reads, by the names of `parity.observation`. The down projection comes before the one
-# whose rows take its smoothing vector.
-_INPUTS = {
-    "self_attn.qkv_proj": "input_layernorm",
-    "self_attn.o_proj": "self_attn.attended",
-    "mlp.down_proj": "mlp.product",
-    "mlp.gate_up_proj": "post_attention_layernorm",
-}
+# The down projection comes before the layer whose rows take its smoothing vector.
+_ORDER = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.down_proj", "mlp.gate_up_proj")
 _KEY, _VALUE = "self_attn.key", "self_attn.v_proj"
-_WANTED = frozenset((*_INPUTS.values(), _KEY, _VALUE))
 
 
 @torch.inference_mode()
@@ -100,7 +93,7 @@ def calibrate(
             Reference(config, source.weights).run(
                 sequences,
                 observe=collector.observe,
-                wanted=_WANTED,
+                wanted=collector.wanted,
                 after_layer=collector.after_layer,
                 keep_cache=False,
             )
@@ -194,6 +187,7 @@ class _Collector:
         linears: What was decided, by the layer's name.
         smoothing: Vectors, by the name of what makes the activation.
         cache: Scales of each layer's cache.
+        wanted: Names of the activations to be shown.
     """
 
     def __init__(
@@ -209,6 +203,9 @@ class _Collector:
         self.cache: list[CacheScales] = []
         self._config, self._source, self._ways = source.config, source, ways
         self._tokens, self._codes, self._listener = tokens, codes, listener
+        self._merged = merged_layers(source.config)
+        self._readers = {merged.x: kind for kind, merged in self._merged.items()}
+        self.wanted = frozenset((*self._readers, _KEY, _VALUE))
         self._passed = 0  # tokens, counted once for each layer
         self._norm = InputStatistics(source.config.hidden_size, tokens)
         self._begin_layer()
@@ -226,7 +223,7 @@ class _Collector:
             self._values.add(x.reshape(*x.shape[:-1], self._config.num_kv_heads, -1).abs().amax((0, 1, 3)))
         elif activation == "norm":
             self._norm.add(x)
-        elif activation in _WANTED:
+        elif activation in self._readers:
             self._of(activation, x.shape[-1]).add(x)
         if activation == "mlp.product":
             self._passed += x.shape[-2]
@@ -235,23 +232,19 @@ class _Collector:
 
     def _of(self, activation: str, channels: int) -> InputStatistics:
         if activation not in self._inputs:
-            hessian = any(
-                recipe.wanted.weights.bits == 4
-                for kind, recipe in self._ways.items()
-                if _INPUTS.get(kind) == activation
-            )
+            hessian = self._ways[self._readers[activation]].wanted.weights.bits == 4
             self._inputs[activation] = InputStatistics(channels, self._tokens, hessian=hessian)
         return self._inputs[activation]
 
     def after_layer(self, index: int) -> None:
         """Decides on a layer that every sequence has passed through."""
         prefix = f"layers.{index}"
-        for kind, activation in _INPUTS.items():
-            merged = MERGED[kind]
+        for kind in _ORDER:
+            merged = self._merged[kind]
             parts = tuple(self._source.weights[f"{prefix}.{part}.weight"] for part in merged.parts)
             layer = Layer(
                 ConcatRows(parts),
-                self._inputs.pop(activation),
+                self._inputs.pop(merged.x),
                 smoothable=merged.reads is not None,
                 divisors=self.smoothing.get(f"{prefix}.{merged.smoothed}"),
             )

@@ -41,24 +41,27 @@ class _Merged:
 
     Attributes:
         parts: Names within the decoder layer, in the order of their rows.
+        x: What it reads, by the names of `parity.observation`.
         reads: Whose smoothing vector x is divided by.
         smoothed: The part whose outputs are divided by its own smoothing vector.
     """
 
     parts: tuple[str, ...]
+    x: str
     reads: str | None = None
     smoothed: str | None = None
 
 
-MERGED = {
-    "self_attn.qkv_proj": _Merged(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"
-    ),
-    "self_attn.o_proj": _Merged(("self_attn.o_proj",)),
-    "mlp.gate_up_proj": _Merged(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm", "mlp.up_proj"),
-    "mlp.down_proj": _Merged(("mlp.down_proj",), "mlp.up_proj"),
-}
-"""The linear layers of a decoder layer as the graph merges them."""
+def merged_layers(config: GemmaConfig) -> dict[str, _Merged]:
+    """The linear layers of a decoder layer as the graph merges them, by their names in it."""
+    projections = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    norm = config.mlp_norm
+    return {
+        "self_attn.qkv_proj": _Merged(projections, "input_layernorm", "input_layernorm"),
+        "self_attn.o_proj": _Merged(("self_attn.o_proj",), "self_attn.attended"),
+        "mlp.gate_up_proj": _Merged(("mlp.gate_proj", "mlp.up_proj"), norm, norm, "mlp.up_proj"),
+        "mlp.down_proj": _Merged(("mlp.down_proj",), "mlp.product", "mlp.up_proj"),
+    }
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def device_linears(
         target: Whose arithmetic is emulated.
     """
     found: dict[str, tuple[DeviceLinear, ...]] = {}
-    for name, merged in MERGED.items():
+    for name, merged in merged_layers(layer.config).items():
         linear = quantization.linears[f"{prefix}.{name}"]
         if linear.form == "float":
             continue
@@ -194,7 +197,7 @@ def merged_shapes(config: GemmaConfig) -> dict[str, tuple[int, int]]:
     merged = {TABLE: (config.vocab_size, config.hidden_size)}
     shapes = config.weight_shapes
     for i in range(config.num_layers):
-        for name, layer in MERGED.items():
+        for name, layer in merged_layers(config).items():
             parts = [shapes[f"layers.{i}.{part}.weight"] for part in layer.parts]
             merged[f"layers.{i}.{name}"] = (sum(part[0] for part in parts), parts[0][1])
     return merged

@@ -7,7 +7,7 @@ from gemma_export.calibration.observers import ObserverName
 from gemma_export.calibration.recipe import Recipe
 from gemma_export.errors import UsageError
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.quantize.emulate import MERGED, merged_shapes
+from gemma_export.exporter.quantize.emulate import merged_layers, merged_shapes
 from gemma_export.exporter.request import Products, Scheme
 from gemma_export.graphs.formats import TABLE, Form, WeightFormat
 
@@ -51,7 +51,7 @@ def recipes(
     other = products.otherwise
     otherwise = None if other is None else _arithmetic(other, products.otherwise_block, target)
     shapes = merged_shapes(config)
-    columns = {kind: shapes[f"layers.0.{kind}"][1] for kind in MERGED}
+    columns = {kind: shapes[f"layers.0.{kind}"][1] for kind in merged_layers(config)}
     fitting = [size for size in products.blocks if all(_divides(size, width) for width in columns.values())]
     found = {}
     for kind, width in columns.items():

@@ -21,7 +21,7 @@ from gemma_export.exporter.decoder import DecoderLayer
 from gemma_export.exporter.parity.reference import Reference, empty_module
 from gemma_export.exporter.quantize import collect
 from gemma_export.exporter.quantize.collect import CODES_FILE, calibrate, quantization_of, uncalibrated
-from gemma_export.exporter.quantize.emulate import MERGED, device_linears
+from gemma_export.exporter.quantize.emulate import device_linears, merged_layers
 from gemma_export.exporter.request import Products, Scheme, scheme_for
 from gemma_export.exporter.source import Source
 from gemma_export.graphs.tensors import InMemory
@@ -126,7 +126,7 @@ def test_a_table_says_what_it_is_of(scheme, tmp_path):
     assert found.graph == graph_digest(CONFIG)
     assert found.checkpoint == source().checkpoint.digest()
     assert list(found.linears) == [
-        *(f"layers.{i}.{kind}" for i in range(2) for kind in MERGED),
+        *(f"layers.{i}.{kind}" for i in range(2) for kind in merged_layers(CONFIG)),
         "embed_tokens",
     ]
     allowed = {scheme.products.form, scheme.products.otherwise, "w8"}
@@ -158,7 +158,7 @@ def test_the_layers_compute_as_closely_as_the_table_says(scheme, model, tmp_path
         with torch.inference_mode():
             Reference(CONFIG, made.weights).load(layer, f"layers.{i}")
             for name, parts in device_linears(layer, f"layers.{i}", quantization, found.target).items():
-                x = inputs[f"layers.{i}.{collect._INPUTS[name.split('.', 2)[2]]}"]
+                x = inputs[f"layers.{i}.{merged_layers(CONFIG)[name.split('.', 2)[2]].x}"]
                 exact = torch.cat([x @ part.module.weight.T for part in parts], dim=-1)
                 actual = torch.cat([part.forward(x) for part in parts], dim=-1)
                 error = float(((actual - exact).square().sum(1) / exact.square().sum(1)).mean())
@@ -173,7 +173,7 @@ def observed_inputs(made: Source) -> dict[str, Tensor]:
         observe=lambda name, x: seen.setdefault(name, []).append(
             torch.from_numpy(x.copy()).flatten(0, -2) if x.ndim == 3 else torch.empty(0)
         ),
-        wanted=frozenset(collect._INPUTS.values()),
+        wanted=frozenset(merged.x for merged in merged_layers(CONFIG).values()),
     )
     return {name: torch.cat(parts) for name, parts in seen.items()}
 

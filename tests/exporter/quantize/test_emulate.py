@@ -10,11 +10,11 @@ from onnx import TensorProto, helper, numpy_helper
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import DecoderLayer
 from gemma_export.exporter.quantize.emulate import (
-    MERGED,
     DeviceTable,
     activation_rounding,
     computed_as,
     device_linears,
+    merged_layers,
     merged_shapes,
     stored_bytes,
 )
@@ -44,7 +44,7 @@ CONFIG = GemmaConfig(
     context_length=16,
 )
 BLOCKS, ROWS = WeightFormat(8, 16), WeightFormat(8)
-NAMES = tuple(f"layers.0.{name}" for name in MERGED)
+NAMES = tuple(f"layers.0.{name}" for name in merged_layers(CONFIG))
 
 
 @pytest.fixture(autouse=True, scope="module")

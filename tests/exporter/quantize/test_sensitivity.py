@@ -16,7 +16,7 @@ from gemma_export.exporter.checkpoints.checkpoint import LazyTensor, RandomCheck
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.quantize import sensitivity
-from gemma_export.exporter.quantize.emulate import MERGED, merged_shapes
+from gemma_export.exporter.quantize.emulate import merged_layers, merged_shapes
 from gemma_export.exporter.quantize.sensitivity import (
     apply_choice,
     measure_sensitivity,
@@ -41,6 +41,16 @@ CONFIG = GemmaConfig(
     head_dim=16,
     intermediate_size=96,
     context_length=64,
+)
+SECOND = replace(
+    CONFIG,
+    family="gemma2",
+    layer_kinds=("local", "global", "local"),
+    sliding_window=4,
+    attention_softcap=1.0,
+    final_softcap=2.0,
+    query_pre_attn_scalar=24,
+    post_norms=True,
 )
 SEQUENCES = [[2, 5, 9, 200, 31, 7, 7, 90], [2], [2, 299, 17, 4, 4, 120, 56, 33, 8, 211, 3, 150, 77]]
 LAYOUT = WeightFormat(4, 32)
@@ -80,8 +90,8 @@ class Counted:
         return self.tensor.read(start, stop)
 
 
-def random_weights(seed: int = 3) -> dict[str, LazyTensor]:
-    checkpoint = RandomCheckpoint(CONFIG, seed=seed)
+def random_weights(seed: int = 3, config: GemmaConfig = CONFIG) -> dict[str, LazyTensor]:
+    checkpoint = RandomCheckpoint(config, seed=seed)
     return {name.removeprefix("model."): tensor for name, tensor in checkpoint.items()}
 
 
@@ -98,7 +108,7 @@ def rounded_weights(weights: dict[str, LazyTensor], units: list[str]) -> dict[st
         parts, layout = [name], EIGHT
         if name != "embed_tokens":
             layer, of_layer = ".".join(name.split(".")[:2]), ".".join(name.split(".")[2:])
-            parts, layout = [f"{layer}.{part}" for part in MERGED[of_layer].parts], LAYOUT
+            parts, layout = [f"{layer}.{part}" for part in merged_layers(CONFIG)[of_layer].parts], LAYOUT
         for part in parts:
             tensor = weights[f"{part}.weight"]
             rounded = round_trip(tensor.read(0, tensor.shape[0]).float(), layout)
@@ -106,10 +116,10 @@ def rounded_weights(weights: dict[str, LazyTensor], units: list[str]) -> dict[st
     return changed
 
 
-def figures(weights: dict[str, LazyTensor], units: list[str]) -> ParityFigures:
+def figures(weights: dict[str, LazyTensor], units: list[str], config: GemmaConfig = CONFIG) -> ParityFigures:
     """What the parity gate says of the checkpoint with some units rounded."""
-    plain = Reference(CONFIG, weights).run(SEQUENCES)
-    rounded = Reference(CONFIG, rounded_weights(weights, units)).run(SEQUENCES)
+    plain = Reference(config, weights).run(SEQUENCES)
+    rounded = Reference(config, rounded_weights(weights, units)).run(SEQUENCES)
     gate = ParityAccumulator()
     for i, sequence in enumerate(SEQUENCES):
         if len(sequence) > 1:
@@ -119,17 +129,18 @@ def figures(weights: dict[str, LazyTensor], units: list[str]) -> ParityFigures:
     return gate.figures()
 
 
-def test_a_unit_alone_costs_what_a_model_with_only_that_unit_rounded_differs():
-    weights = random_weights()
-    measured = measure_units(CONFIG, weights, four_bits(), "onnx", SEQUENCES)
-    assert [unit.name for unit in measured.units] == list(merged_shapes(CONFIG))
+@pytest.mark.parametrize("config", [CONFIG, SECOND], ids=["gemma", "gemma2"])
+def test_a_unit_alone_costs_what_a_model_with_only_that_unit_rounded_differs(config):
+    weights = random_weights(config=config)
+    measured = measure_units(config, weights, four_bits(), "onnx", SEQUENCES)
+    assert [unit.name for unit in measured.units] == list(merged_shapes(config))
     assert measured.tokens == 19
     everything = [unit.name for unit in measured.units]
     # One of each kind, in different layers, and the whole.
     for name in ("embed_tokens", "layers.0.mlp.gate_up_proj", "layers.1.self_attn.qkv_proj",
                  "layers.2.self_attn.o_proj", "layers.2.mlp.down_proj", "everything"):  # fmt: skip
         unit = next(one for one in (*measured.units, measured.everything) if one.name == name)
-        expected = figures(weights, everything if name == "everything" else [name])
+        expected = figures(weights, everything if name == "everything" else [name], config)
         assert expected.mean_kl > 1e-5, "it has to cost something for this to be a test"
         # The texts run together instead of one by one, and the logits in blocks: fp32 rounding.
         assert unit.kl == pytest.approx(expected.mean_kl, rel=1e-3)
