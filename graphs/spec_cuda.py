@@ -18,6 +18,7 @@ _COUNTS = frozenset({ir.DataType.INT32, ir.DataType.INT64})
 KERNELS: Mapping[str, frozenset[ir.DataType]] = {
     "Add": _FLOATS,
     "Cast": _FLOATS | _COUNTS | {ir.DataType.UINT8},
+    "Div": _FLOATS,
     "FusedMatMul": _FLOATS,
     "Gather": _FLOATS | _COUNTS | {ir.DataType.UINT8},
     "Gelu": _FLOATS,
@@ -29,6 +30,7 @@ KERNELS: Mapping[str, frozenset[ir.DataType]] = {
     "Slice": _FLOATS,
     "Split": _FLOATS,
     "Sub": _FLOATS,
+    "Tanh": _FLOATS,
     "Unsqueeze": _FLOATS,
 }
 """The operators of a lowered graph, and the formats of the first operand that have a kernel.
