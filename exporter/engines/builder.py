@@ -159,7 +159,7 @@ def _signals_kept() -> Iterator[Callable[[], bool]]:
     def keep(number: int, frame: FrameType | None) -> None:
         kept.append(number)
 
-    handlers = {}
+    handlers: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         handlers = {number: signal.getsignal(number) for number in _SIGNALS}
         for number, handler in handlers.items():
@@ -170,8 +170,8 @@ def _signals_kept() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in kept[:1]:
-            signal.raise_signal(number)
+        for first in kept[:1]:
+            signal.raise_signal(first)
 
 
 @cache
