@@ -61,6 +61,7 @@ def check_parity(
     decode: Decode | None = None,
     subject: str = "the bundle",
     budget: Budget | None = None,
+    window: int | None = None,
     on_event: events.Listener = events.ignore,
 ) -> ParityReport:
     """Measures a bundle against its reference and judges it by its precision's budget.
@@ -77,6 +78,7 @@ def check_parity(
         decode: Makes text of tokens, so that the report can show it.
         subject: What is measured, for people.
         budget: What to judge by; None takes the precision's.
+        window: Tokens that a local layer sees; None without such layers.
         on_event: Told how many tokens of all have been run, both sides counted.
 
     Returns:
@@ -87,7 +89,7 @@ def check_parity(
         ParityError: The bundle's vocabulary is not the reference's.
     """
     names = names if names is not None else [f"text {i + 1}" for i in range(len(texts))]
-    plan = make_plan(level, texts, names, session.max_length, bos)
+    plan = make_plan(level, texts, names, session.max_length, bos, window)
     bundle = BundleRunner(session, Progress(plan, on_event))
     drafts = [bundle.draft(draft, stop) for draft in plan.drafts]
     # The last token of a draft was chosen and never run.

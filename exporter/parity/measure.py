@@ -81,7 +81,8 @@ def measure_parity(folder: Path, source: Source, *, level: Level, listener: even
     """Holds a bundle against the source it was built from, on the project's own texts."""
     reference = Reference(source.config, source.weights)
     session = measurable_session(folder)
-    return _measure(session, reference, builtin_texts(), level, source.config.name, listener)
+    window = source.config.sliding_window
+    return _measure(session, reference, builtin_texts(), level, source.config.name, window, listener)
 
 
 def measure_bundle(
@@ -116,7 +117,8 @@ def measure_bundle(
             listener(events.Note("This is not the checkpoint that the bundle was built from."))
     against = _reference(reference, source)
     session = measurable_session(opened.path)
-    return _measure(session, against, passages, level, str(bundle), listener)
+    window = source.config.sliding_window
+    return _measure(session, against, passages, level, str(bundle), window, listener)
 
 
 def _measure(
@@ -125,6 +127,7 @@ def _measure(
     passages: Sequence[Passage],
     level: Level,
     subject: str,
+    window: int | None,
     listener: events.Listener,
 ) -> ParityReport:
     manifest = session.manifest
@@ -141,6 +144,7 @@ def _measure(
             decode=session.tokenizer.decode,
             subject=f"{subject}, {manifest.precision} for {manifest.target}{_how(manifest)}",
             budget=budget_of(manifest),
+            window=window,
             on_event=listener,
         )
         report = replace(report, quantized=what_is_quantized(manifest))

@@ -9,6 +9,8 @@ from itertools import chain, cycle, islice
 
 from gemma_export.exporter.parity.report import Level
 
+BEYOND = 32
+"""Tokens beyond the window of a local layer: the last of them are run one by one."""
 CHUNKS = (1, 2, 5, 17, 32, 64, 128)
 """Sizes of prefill steps: one token, few, odd, powers of two; each text begins at another of them."""
 
@@ -76,9 +78,16 @@ class Plan:
 
 
 def make_plan(
-    level: Level, texts: Sequence[Sequence[int]], names: Sequence[str], max_length: int, bos: int
+    level: Level,
+    texts: Sequence[Sequence[int]],
+    names: Sequence[str],
+    max_length: int,
+    bos: int,
+    window: int | None = None,
 ) -> Plan:
     """The plan for some texts.
+
+    A wrong window shows beyond it only, so at every level one sequence goes there, where the cache does.
 
     Args:
         level: How much.
@@ -86,6 +95,7 @@ def make_plan(
         names: What to call each.
         max_length: Slots of the cache.
         bos: The beginning-of-sequence token.
+        window: Tokens that a local layer sees; None without such layers.
 
     Raises:
         ValueError: There is no text, or one does not begin with `bos`: without it no figure means anything.
@@ -102,8 +112,11 @@ def make_plan(
         _text_run(names[i], texts[i][:limit], extent.decoded, first_chunk=i % len(CHUNKS))
         for i in range(count)
     ]
-    if extent.fill:
-        length = min(extent.fill, max_length)
+    fill = extent.fill
+    if window is not None and window < max_length:
+        fill = max(fill, window + BEYOND)
+    if fill:
+        length = min(fill, max_length)
         bodies = [tokens[1:] for tokens in texts if len(tokens) > 1]
         filling = chain([bos], chain.from_iterable(cycle(bodies) if bodies else cycle([[bos]])))
         name = "the texts in a row, to the last slot" if length == max_length else "the texts in a row"

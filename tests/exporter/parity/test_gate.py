@@ -401,6 +401,23 @@ def test_chunks_of_a_plan_add_up():
     assert plan.texts[5].steps.count(1) >= 64
 
 
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_a_plan_goes_beyond_the_window_where_the_cache_does(level):
+    texts = [[2] * n for n in (1, 40, 300)]
+
+    def longest(slots: int, window: int | None) -> int:
+        return max(sum(text.steps) for text in make_plan(level, texts, "abc", slots, 2, window).texts)
+
+    without = longest(8000, None)
+    assert longest(8000, 4096) == 4096 + 32 > without
+    assert longest(4100, 4096) == 4100
+    assert longest(4096, 4096) == without
+    assert longest(8000, 64) == max(96, without)
+    decoded = make_plan(level, texts, "abc", 8000, 2, 64).texts[-1].steps
+    assert sum(decoded) - 64 >= 32
+    assert set(decoded[-16:]) == {1}
+
+
 @pytest.mark.parametrize(
     ("precision", "tokens", "allowed"),
     [("fp32", 150, 2), ("fp16", 150, 5), ("bf16", 150, 12), ("fp32", 10000, 18)],

@@ -1,0 +1,232 @@
+"""The second generation's bundles against `transformers`, beyond the window and around its end.
+
+And each of its features taken out of a graph that passed the gate before: the gate refuses what is left.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from support.oracle import (
+    RELATIVE_ERROR,
+    assert_greedy,
+    oracle_greedy,
+    oracle_logits,
+    random_tokens,
+    relative_error,
+)
+
+from gemma_export.exporter.bundle import describe_files, write_manifest
+from gemma_export.exporter.events import ignore
+from gemma_export.exporter.parity.measure import measure_bundle
+from gemma_export.exporter.parity.report import ParityReport
+from gemma_export.exporter.pipeline import BuildResult
+from gemma_export.runtime.bundle import Manifest
+from gemma_export.runtime.session import Session, load
+
+pytestmark = pytest.mark.slow
+
+WINDOW, DEPTH = 64, 600
+SLOTS = 640
+TARGETS = ("cpu", "onnx")
+
+BuildOnce = Callable[..., BuildResult]
+Checkpoint = Callable[[str], Path]
+Graph = onnx.GraphProto
+
+
+@pytest.fixture
+def oracle(oracle_of: Callable[[str], Any]) -> Any:
+    return oracle_of("gemma2")
+
+
+@pytest.fixture(params=TARGETS)
+def session(request: pytest.FixtureRequest, build_once: BuildOnce, checkpoint_of: Checkpoint) -> Session:
+    checkpoint, target = checkpoint_of("gemma2"), request.param
+    built = build_once(checkpoint=checkpoint, target=target, logits="all", max_length=SLOTS)
+    return load(built.path, threads=1)
+
+
+def run(session: Session, tokens: list[int], sizes: Iterable[int]) -> np.ndarray:
+    """Logits [T, V] of tokens that are run in steps."""
+    cache, found, start = session.new_cache(), [], 0
+    for size in sizes:
+        found.append(session.step([tokens[start : start + size]], cache)[0])
+        start += size
+    assert start == len(tokens)
+    return np.concatenate(found)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (DEPTH,),
+        # Steps that end one before, at and one after the end of the window, and single tokens from there on.
+        (WINDOW - 1, 1, 1, 1, 1, 128, 7, *(1,) * (DEPTH - WINDOW - 138)),
+        (1, WINDOW, WINDOW, DEPTH - 2 * WINDOW - 1),
+        (200, 400),
+    ],
+    ids=["one step", "around the window", "of the window's size", "two"],
+)
+def test_every_position_far_beyond_the_window(sizes: tuple[int, ...], session: Session, oracle: Any) -> None:
+    tokens = random_tokens(DEPTH)
+    assert relative_error(oracle_logits(oracle, tokens), run(session, tokens, sizes)) < RELATIVE_ERROR
+
+
+@pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, DEPTH - 24])
+def test_the_greedy_answer_to_a_prompt(length: int, session: Session, oracle: Any) -> None:
+    prompt = random_tokens(length, seed=length)
+    answer = session.generate_tokens(prompt, max_new_tokens=24, stop_tokens=())
+    assert len(answer) == 24
+    assert_greedy(oracle, prompt, answer)
+    # transformers' own cache keeps of a local layer no more than its window: the same tokens.
+    assert oracle_greedy(oracle, prompt, 24) == answer
+
+
+def test_rows_of_other_lengths_have_windows_of_their_own(session: Session, oracle: Any) -> None:
+    # Decoding runs all rows in one step, each at its own position.
+    prompts = [random_tokens(length, seed=length) for length in (30, WINDOW - 4, 3 * WINDOW)]
+    answers = session.generate_tokens_batch(prompts, max_new_tokens=16, stop_tokens=())
+    for prompt, answer in zip(prompts, answers, strict=True):
+        assert len(answer.tokens) == 16
+        assert_greedy(oracle, prompt, answer.tokens)
+
+
+# Features taken out of the graph
+
+
+def of_type(graph: Graph, op_type: str) -> list[onnx.NodeProto]:
+    found = [node for node in graph.node if node.op_type == op_type]
+    assert found
+    return found
+
+
+def change(node: onnx.NodeProto, name: str, value: float | None) -> None:
+    """Sets an attribute, or removes it for None."""
+    kept = [attribute for attribute in node.attribute if attribute.name != name]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+    if value is not None:
+        node.attribute.append(onnx.helper.make_attribute(name, value))
+
+
+def pass_on(node: onnx.NodeProto) -> None:
+    """What comes in goes out."""
+    node.op_type = "Identity"
+    del node.input[1:]
+    del node.attribute[:]
+
+
+def attention(graph: Graph) -> list[onnx.NodeProto]:
+    return [node for node in graph.node if node.op_type in ("GroupQueryAttention", "Attention")]
+
+
+def inverted_window(graph: Graph) -> None:
+    local, everything = attention(graph)
+    if local.op_type == "Attention":
+        local.input[3], everything.input[3] = everything.input[3], local.input[3]
+    else:
+        change(everything, "local_window_size", WINDOW)
+        change(local, "local_window_size", None)
+
+
+def no_window(graph: Graph) -> None:
+    local, everything = attention(graph)
+    if local.op_type == "Attention":
+        local.input[3] = everything.input[3]
+    else:
+        change(local, "local_window_size", None)
+
+
+def a_window_of_one_more(graph: Graph) -> None:
+    local = attention(graph)[0]
+    if local.op_type == "Attention":
+        for node in of_type(graph, "Greater"):
+            node.op_type = "GreaterOrEqual"
+    else:
+        change(local, "local_window_size", WINDOW + 1)
+
+
+def no_attention_soft_cap(graph: Graph) -> None:
+    for node in attention(graph):
+        change(node, "softcap", None)
+
+
+def no_final_soft_cap(graph: Graph) -> None:
+    (tanh,) = of_type(graph, "Tanh")
+    pass_on(tanh)
+
+
+def the_scale_of_head_dim(graph: Graph) -> None:
+    for node in attention(graph):
+        change(node, "scale", 16**-0.5)
+
+
+def no_norm(which: str) -> Callable[[Graph], None]:
+    def without(graph: Graph) -> None:
+        (norm,) = [node for node in of_type(graph, "RMSNormalization") if node.name == f"layers.1.{which}"]
+        pass_on(norm)
+
+    without.__name__ = f"no_{which}"
+    return without
+
+
+CHANGES = [
+    inverted_window,
+    no_window,
+    a_window_of_one_more,
+    no_attention_soft_cap,
+    no_final_soft_cap,
+    the_scale_of_head_dim,
+    no_norm("input_layernorm"),
+    no_norm("post_attention_layernorm"),
+    no_norm("pre_feedforward_layernorm"),
+    no_norm("post_feedforward_layernorm"),
+]
+
+
+@pytest.fixture(params=TARGETS)
+def copy(
+    request: pytest.FixtureRequest, build_once: BuildOnce, checkpoint_of: Checkpoint, tmp_path: Path
+) -> Path:
+    checkpoint, target = checkpoint_of("gemma2"), request.param
+    built = build_once(checkpoint=checkpoint, target=target, max_length=SLOTS, parity="quick")
+    assert built.manifest.parity.verdict == "pass"
+    return Path(shutil.copytree(built.path, tmp_path / "copy"))
+
+
+def measure_with(bundle: Path, changed: Callable[[Graph], None]) -> ParityReport:
+    """Changes the graph, gives the bundle a manifest that fits it, and holds it against its checkpoint."""
+    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    changed(model.graph)
+    onnx.save(model, bundle / "model.onnx")
+    manifest = Manifest.from_json((bundle / "manifest.json").read_text())
+    write_manifest(bundle, replace(manifest, files=describe_files(bundle, {})))
+    return measure_bundle(
+        bundle, checkpoint=None, reference="eager", text=None, level="quick", listener=ignore
+    )
+
+
+@pytest.mark.parametrize("changed", CHANGES, ids=lambda changed: changed.__name__)
+def test_a_graph_without_it_is_refused(changed: Callable[[Graph], None], copy: Path) -> None:
+    report = measure_with(copy, changed)
+    assert report.verdict == "fail"
+    assert report.reasons
+
+
+def test_a_graph_that_has_it_all_passes(copy: Path) -> None:
+    assert measure_with(copy, lambda graph: None).verdict == "pass"
+
+
+def test_transformers_agrees_with_the_gate(build_once: BuildOnce, checkpoint_of: Checkpoint) -> None:
+    built = build_once(checkpoint=checkpoint_of("gemma2"), max_length=SLOTS, parity="quick")
+    report = measure_bundle(
+        built.path, checkpoint=None, reference="transformers", text=None, level="quick", listener=ignore
+    )
+    assert report.verdict == "pass"
+    assert "transformers" in report.reference
