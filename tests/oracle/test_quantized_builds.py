@@ -27,8 +27,9 @@ WAYS = [
     (target, precision, scheme.name)
     for (target, precision), schemes in SCHEMES.items()
     for scheme in schemes
-    if scheme.products is not None
+    if scheme.products is not None and target not in ("rtx", "tensorrt")
 ]
+"""The graph of the targets that are compiled is that of `onnx` (tests/graphs/test_spec_tensorrt.py)."""
 NAMES = ["-".join(way) for way in WAYS]
 
 MOST_KL = {"int8": 5e-4, "int4": 6e-3}
