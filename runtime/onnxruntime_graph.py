@@ -25,6 +25,8 @@ except ImportError as error:
         "`pip install 'gemma-export[cuda]'`.",
     ) from error
 
+__all__ = ["ELEMENT_TYPE", "FATAL", "LoadedGraph", "first_line", "ort"]
+
 ELEMENT_TYPE = {"float32": 1, "int8": 3, "int64": 7, "float16": 10, "bfloat16": 16}
 """TensorProto.DataType of the ONNX specification."""
 

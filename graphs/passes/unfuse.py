@@ -68,6 +68,7 @@ def _transpose(graph: ir.Graph, fused: ir.Node) -> None:
 def _dequantize(graph: ir.Graph, fused: ir.Node, most: int) -> None:
     x, codes, scales = fused.inputs[:3]
     assert x is not None
+    assert x.dtype is not None
     assert codes is not None
     assert scales is not None
     if codes.const_value is None or any(fused.inputs[3:]):
@@ -110,6 +111,7 @@ def _rotate(graph: ir.Graph, fused: ir.Node) -> None:
     packed, cos, sin = fused.inputs[0], fused.inputs[7], fused.inputs[8]
     past_key, positions = fused.inputs[3], graph.inputs[1]
     assert packed is not None
+    assert packed.dtype is not None
     assert past_key is not None
     assert past_key.shape is not None
     name, dtype = str(fused.outputs[0].name), packed.dtype
@@ -146,7 +148,7 @@ def _rotate(graph: ir.Graph, fused: ir.Node) -> None:
     )
     graph.insert_before(fused, attention)
     for new, old in zip(attention.outputs[1:], fused.outputs[1:], strict=True):
-        new.shape, new.dtype, new.type = old.shape, old.dtype, old.type
+        new.shape, new.type = old.shape, old.type
         old.replace_all_uses_with(new, replace_graph_outputs=True)
         new.name, old.name = old.name, f"{old.name}.replaced"
     take_place(graph, fused, attention)
@@ -154,6 +156,7 @@ def _rotate(graph: ir.Graph, fused: ir.Node) -> None:
 
 def _product(graph: ir.Graph, before: ir.Node, x: ir.Value | None, weight: ir.Value) -> ir.Node:
     """The product of x [.., K] with the transpose of a weight [N, K]."""
+    assert weight.dtype is not None
     columns = None if weight.shape is None else tuple(reversed(weight.shape))
     transposed = _insert(
         graph,
@@ -176,7 +179,7 @@ def _rows(graph: ir.Graph, codes: ir.Value, start: int, shape: tuple[int, int], 
     assert stored is not None
     tensor: ir.TensorProtocol
     if isinstance(stored, ir.ExternalTensor):
-        row_bytes = stored.nbytes // int(stored.shape[0])
+        row_bytes = stored.nbytes // stored.shape.numpy()[0]
         tensor = ir.ExternalTensor(
             stored.location,
             (stored.offset or 0) + start * row_bytes,
@@ -207,6 +210,7 @@ def _zeros(graph: ir.Graph, name: str, shape: tuple[int, int], bits: int) -> ir.
 def _slice(graph: ir.Graph, before: ir.Node, scales: ir.Value, start: int, count: int) -> ir.Value:
     bounds = [add_constant(graph, f"row_{n}", [n], ir.DataType.INT64) for n in (start, start + count)]
     axis = add_constant(graph, "axis_of_rows", [0], ir.DataType.INT64)
+    assert scales.dtype is not None
     shape = None if scales.shape is None else (count, *scales.shape[1:])
     return _insert(
         graph, before, "Slice", [scales, *bounds, axis], f"{scales.name}.{start}", shape, scales.dtype
@@ -220,7 +224,7 @@ def _insert(
     inputs: Sequence[ir.Value | None],
     name: str,
     shape: Sequence[int | ir.SymbolicDim] | ir.Shape | None,
-    dtype: ir.DataType | None,
+    dtype: ir.DataType,
     **attributes: int | list[int],
 ) -> ir.Value:
     """A node of one output before another."""
