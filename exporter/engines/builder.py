@@ -139,7 +139,7 @@ def _compile(
 def _reason(error: Any) -> str:
     """What the parser says, and of which node."""
     node = f" ({error.node_operator()} {error.node_name()})" if error.node_name() else ""
-    return error.desc().strip().rstrip(".") + node
+    return str(error.desc()).strip().rstrip(".") + node
 
 
 def _strongly_typed(trt: Any) -> int:

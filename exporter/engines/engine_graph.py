@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
 from gemma_export.errors import EngineError
 from gemma_export.runtime.manifest import TensorSpec
@@ -116,7 +116,7 @@ def _weight_uses(graph: ir.Graph) -> list[WeightUse]:
             weight = _stored(operand)
             if weight is None or weight.shape is None or len(weight.shape) != 2 or weight.dtype not in _TYPES:
                 continue
-            count = math.prod(int(size) for size in weight.shape)
+            count = math.prod(size for size in weight.shape if isinstance(size, int))
             uses.append(
                 WeightUse(
                     operator=str(node.name),
