@@ -276,8 +276,8 @@ def test_a_table_with_stored_codes_or_none():
     [
         (LinearQuantization("float"), 2 * 64 * 256),
         (LinearQuantization("w8a8-token", WeightFormat(8)), 64 * 256 + 4 * 64),
-        (LinearQuantization("w8", WeightFormat(8, 32)), 64 * 256 + 4 * 64 * 8),
-        (LinearQuantization("w4", WeightFormat(4, 128)), 64 * 128 + 4 * 64 * 2),
+        (LinearQuantization("w8", WeightFormat(8, 32)), 64 * 256 + 2 * 64 * 8),
+        (LinearQuantization("w4", WeightFormat(4, 128)), 64 * 128 + 2 * 64 * 2),
     ],
     ids=["16 bits", "a scale per row", "8 bits in blocks", "4 bits in blocks"],
 )
