@@ -34,7 +34,7 @@ def genai_config(
     """
     return {
         "model": {
-            "type": "gemma",
+            "type": config.family,
             "vocab_size": config.vocab_size,
             # The model may know a longer context than the cache can hold. With S here, a search for more
             # tokens is refused before it begins.

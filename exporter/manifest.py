@@ -74,7 +74,7 @@ def make_manifest(
         model=ModelInfo(
             name=config.name,
             size=source.size,
-            family="gemma",
+            family=config.family,
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
             num_layers=config.num_layers,

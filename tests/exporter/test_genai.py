@@ -10,7 +10,7 @@ import pytest
 import sentencepiece
 from support.small_bundle import TOKENIZER, Shape, small_graph
 
-from gemma_export.exporter.config import GemmaConfig
+from gemma_export.exporter.config import GemmaConfig, preset
 from gemma_export.exporter.genai import genai_config, generation_config, write_genai_config
 from gemma_export.exporter.tokenizer.files import TokenizerFacts, write_tokenizer
 
@@ -117,6 +117,12 @@ def test_the_configuration_of_a_2b() -> None:
         },
         "search": {"do_sample": False, "max_length": 4096, "past_present_share_buffer": True},
     }
+
+
+def test_a_second_generation_says_so() -> None:
+    facts = TokenizerFacts(256000, 2, 1, 0, (1, 107), 106, 107)
+    written = genai_config(preset("gemma2-9b"), facts, max_length=8192)["model"]
+    assert (written["type"], written["decoder"]["num_key_value_heads"]) == ("gemma2", 8)
 
 
 def test_the_generation_configuration(folder: Path) -> None:

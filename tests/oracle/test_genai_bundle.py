@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.oracle import random_tokens
 
 from gemma_export.exporter.pipeline import BuildResult
 from gemma_export.runtime.session import load
@@ -65,3 +66,17 @@ def test_a_prompt_of_one_token_and_a_cache_filled_to_its_end(bundle: Path) -> No
     prompt = (session.tokenizer.encode(TEXTS[0]) * slots)[: slots - 8]
     # genai counts the tokens, this project the slots: it generates one more, which needs none.
     assert greedy(model, prompt, 8) == session.generate_tokens(prompt, stop_tokens=())[:8]
+
+
+@pytest.mark.parametrize("target", ["cpu", "onnx"])
+def test_the_second_generation_says_the_same_around_and_beyond_its_window(
+    target: str, build_once: Callable[..., BuildResult], checkpoint_of: Callable[[str], Path]
+) -> None:
+    bundle = build_once(checkpoint=checkpoint_of("gemma2"), target=target, max_length=640).path
+    session, model = load(bundle, threads=1), og.Model(str(bundle))
+    assert model.type == "gemma2"
+    for length in (63, 64, 65, 600):
+        prompt = random_tokens(length, seed=length)
+        expected = session.generate_tokens(prompt, max_new_tokens=24, stop_tokens=())
+        # It ends where a stop token comes, which these weights have no reason to give.
+        assert greedy(model, prompt, 24) == expected
