@@ -62,7 +62,7 @@ class BuildRequest:
 
     Attributes:
         output: Folder of the bundle; None names it after the model, precision and target.
-        size: `tiny`, `2b` or `7b`; None takes the checkpoint's.
+        size: One of `SIZES`; None takes the checkpoint's.
         checkpoint: Where the weights are; None takes what ships (tiny) or the local Hugging Face cache.
         random_weights: Build with seeded random weights instead.
         seed: Of the random weights.
@@ -129,7 +129,7 @@ class BuildRequest:
         if self.size is None and self.checkpoint is None:
             raise UsageError(
                 "Neither a size nor a checkpoint was given.",
-                "Add --size tiny|2b|7b, or --checkpoint PATH.",
+                f"Add --size {'|'.join(SIZES)}, or --checkpoint PATH.",
             )
         if self.max_length is not None and self.max_length < 1:
             raise UsageError(

@@ -38,7 +38,7 @@ class Source:
 
     @property
     def size(self) -> str:
-        """`tiny`, `2b`, `7b`, or `custom`."""
+        """One of `SIZES`, or `custom`."""
         return size_of(self.config) or "custom"
 
     def write_tokenizer_model(self, folder: Path) -> Path:

@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
+from gemma_export.exporter.config import SIZES
 from gemma_export.exporter.engines.request import Flavour
 from gemma_export.exporter.request import CacheKind, ParityLevel
 from gemma_export.exporter.request import Observer as ObserverName
 from gemma_export.runtime.manifest import LogitsKind
 
-Size = Annotated[str | None, typer.Option(help="tiny, 2b or 7b; by default the checkpoint's.")]
+Size = Annotated[str | None, typer.Option(help=f"{', '.join(SIZES)}; by default the checkpoint's.")]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="Folder or file: safetensors (Hugging Face) or .ckpt (Google).")
 ]

@@ -82,7 +82,7 @@ def test_the_synopsis_is_what_help_says(name: str) -> None:
 
 @pytest.mark.parametrize("option", sorted(CHOICES))
 def test_the_synopsis_has_the_choices_there_are(option: str) -> None:
-    found = re.search(rf"{option} ([\w|]+)", synopsis()["build"])
+    found = re.search(rf"{option} ([\w|-]+)", synopsis()["build"])
     assert found is not None
     assert tuple(found.group(1).split("|")) == tuple(CHOICES[option])
 
