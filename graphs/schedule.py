@@ -35,6 +35,7 @@ from gemma_export.graphs.passes.quantize_linear import quantize_linear
 from gemma_export.graphs.passes.quantized_layers import TAKES_X
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
 from gemma_export.graphs.passes.reshape_gate_up import reshape_gate_up
+from gemma_export.graphs.passes.scale_products import scale_products
 from gemma_export.graphs.passes.scatter_cache import scatter_cache
 from gemma_export.graphs.passes.share_embedding import share_embedding
 from gemma_export.graphs.passes.store_half import store_half
@@ -213,18 +214,35 @@ def tensorrt(formats: Formats) -> Schedule:
             Step(remove_dead_code),
         )
         rules = spec_tensorrt.quantized(formats.forms)
+    if formats.compute == torch.float16:
+        steps += (Step(partial(scale_products, keep=formats.keep)),)
     if formats.compute != torch.float32:
         half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
         steps += (Step(half), Step(remove_dead_code))
     return Schedule(steps, rules)
 
 
+def compiled(formats: Formats) -> Schedule:
+    """TensorRT's schedule, for a build that compiles its graph.
+
+    Raises:
+        GraphError: An attention is to be in fp32; other runtimes have a kernel for that, TensorRT has none.
+    """
+    for name in sorted(formats.keep):
+        if name.endswith(".attention"):
+            raise GraphError(
+                f"{name} leaves the range of fp16, and TensorRT computes no attention in fp32.",
+                "Build with --precision bf16, which has the range of fp32.",
+            )
+    return tensorrt(formats)
+
+
 LOWERINGS: dict[str, Callable[[Formats], Schedule]] = {
     "cpu": cpu,
     "cuda": cuda,
     "onnx": tensorrt,
-    "rtx": tensorrt,
-    "tensorrt": tensorrt,
+    "rtx": compiled,
+    "tensorrt": compiled,
 }
 """What makes a target's schedule, by target."""
 

@@ -5,18 +5,22 @@ from collections.abc import Callable
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from support.graphs import decoder_feeds, from_text, run
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import schedule
 from gemma_export.graphs.formats import WeightFormat
+from gemma_export.graphs.passes.emulate_half import emulate_half
 from gemma_export.graphs.passes.flatten_tokens import flatten_tokens
 from gemma_export.graphs.passes.patterns import ints
 from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
 from gemma_export.graphs.passes.quantized_layers import add_constant
 from gemma_export.graphs.passes.reshape_gate_up import reshape_gate_up
+from gemma_export.graphs.passes.scale_products import scale_products
 from gemma_export.graphs.passes.transpose_lookup import transpose_lookup
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
+from gemma_export.graphs.tensors import InMemory, StreamedTensor, streamed
 
 MakeGraph = Callable[..., ir.Model]
 
@@ -201,3 +205,71 @@ def test_a_table_without_a_head_is_left_alone(raw_graph: MakeGraph) -> None:
     other = ir.Value(name="other", shape=head.inputs[1].shape, type=ir.TensorType(ir.DataType.FLOAT))
     head.replace_input_with(1, other)
     assert transpose_lookup(model) == 0
+
+
+# scale_products
+
+
+def test_a_product_that_leaves_fp16_is_scaled_by_a_power_of_two(raw_graph: MakeGraph) -> None:
+    model, reference = canonical(raw_graph), canonical(raw_graph)
+    flatten_tokens(model)
+    # What a value is read through only moves it about; what is made of it is another value.
+    keep = {"layers.0.mlp.gate_up_proj", "layers.0.mlp.gated", "layers.1.self_attn.attention"}
+    assert scale_products(model, keep) == 3
+    names = {
+        str(node.name).removesuffix(".unscaled")
+        for node in nodes(model, "MatMul")
+        if ".unscaled" in node.name
+    }
+    assert names == {"layers.0.mlp.gate_up_proj", "layers.0.mlp.down_proj", "layers.1.self_attn.o_proj"}
+    made = {value.name: value.producer().op_type for node in model.graph for value in node.outputs}  # type: ignore[union-attr]
+    assert {made[name] for name in names} == {"Mul"}
+    feeds = decoder_feeds(reference, batch=2, tokens=3, start=2)
+    expected, found = run(reference, feeds), run(model, feeds)
+    # Not a digit is lost: what differs is the order of sums, as of any product of other shapes.
+    np.testing.assert_allclose(found["logits"], expected["logits"], rtol=0, atol=TOLERANCE)
+
+
+def test_weights_in_fp32_and_codes_are_not_scaled(raw_graph: MakeGraph) -> None:
+    keep = {"layers.0.mlp.down_proj", "layers.0.mlp.down_proj.weight"}
+    assert scale_products(canonical(raw_graph), keep) == 0
+    assert scale_products(canonical(raw_graph), {"layers.0.mlp.down_proj"}) == 1
+    assert scale_products(of_codes(raw_graph), {"layers.0.mlp.down_proj"}) == 0
+    assert scale_products(canonical(raw_graph), {"layers.0.mlp.activation"}) == 0
+
+
+def test_a_scaled_product_is_finite_in_fp16(raw_graph: MakeGraph) -> None:
+    """A layer whose up is 2^15 times as large, and whose down as much smaller: in fp32 nothing changes."""
+    name, found = "layers.0.mlp.gate_up_proj", {}
+    for keep in ((), (name, "layers.0.mlp.gated")):
+        model = canonical(raw_graph)
+        up, down = (
+            model.graph.initializers[f"layers.0.mlp.{part}.weight"] for part in ("gate_up_proj", "down_proj")
+        )
+        for value, factor in ((up, 2.0**15), (down, 2.0**-15)):
+            tensor = streamed(value)
+            assert tensor is not None
+            rows = tensor.source.read(0, tensor.source.shape[0])
+            half = len(rows) // 2 if value is up else 0
+            rows[half:] *= factor
+            value.const_value = StreamedTensor(InMemory(str(value.name), rows))
+        schedule.lower(model, "onnx", torch.float16, torch.float16, keep)
+        assert model.graph.initializers[f"{name}.weight"].dtype == ir.DataType.FLOAT16
+        emulate_half(model)
+        found[keep] = run(model, decoder_feeds(model, batch=1, tokens=4, start=0))["logits"]
+    lost, kept = found.values()
+    assert not np.isfinite(lost).all()
+    reference = canonical(raw_graph)
+    expected = run(reference, decoder_feeds(reference, batch=1, tokens=4, start=0))["logits"]
+    # As in test_half.py: 2^-11 per rounding, some tens of them.
+    assert np.abs(kept - expected).max() < 5e-3 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_attention_in_fp32_is_refused_where_the_graph_is_compiled(raw_graph: MakeGraph, target: str) -> None:
+    keep = {"layers.1.self_attn.attention", "layers.1.self_attn.qkv_proj"}
+    schedule.lower(canonical(raw_graph), "onnx", torch.float16, torch.float16, keep)
+    with pytest.raises(GraphError, match="attention leaves the range of fp16") as caught:
+        schedule.lower(canonical(raw_graph), target, torch.float16, torch.float16, keep)
+    assert "--precision bf16" in str(caught.value.hint)
+    schedule.lower(canonical(raw_graph), target, torch.bfloat16, torch.bfloat16)
