@@ -1,4 +1,4 @@
-"""Trains the tiny model and writes it into the package: ``python -m recipes.tiny --data DIR``."""
+"""Trains a tiny model and writes it into the package: ``python -m recipes.tiny --size tiny2 --data DIR``."""
 
 import argparse
 import platform
@@ -12,13 +12,13 @@ from statistics import fmean
 import sentencepiece as spm
 import torch
 import transformers
-from transformers import GemmaForCausalLM
+from transformers import PreTrainedModel
 
 from recipes.tiny.corpus import FILES, Text, read_texts
 from recipes.tiny.measure import measure
 from recipes.tiny.package import read_model, write, write_json, write_model
 from recipes.tiny.tokenizer import BOS, END_OF_TURN, EOS, train_tokenizer
-from recipes.tiny.train import Settings, train
+from recipes.tiny.train import SHAPES, Settings, train
 
 PROMPTS = (
     "KING RICHARD III:\n",
@@ -26,12 +26,13 @@ PROMPTS = (
     "<start_of_turn>user\nHow fares my noble lord?<end_of_turn>\n<start_of_turn>model\n",
 )
 TEMPERATURE, TOP_K = 0.8, 40
-PACKAGE = Path("exporter/tiny")
+PACKAGE = Path("exporter")
 
 
 def main() -> int:
     """Runs the recipe; the figures it prints are of the rounded weights that it wrote."""
     options = arguments()
+    folder = options.out or PACKAGE / options.size
     torch.set_num_threads(options.threads)
     try:
         texts = read_texts(options.data)
@@ -39,20 +40,20 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     content = train_tokenizer(text.train for text in texts)
-    write(options.out, "tokenizer.model", content)
+    write(folder, "tokenizer.model", content)
     pieces = spm.SentencePieceProcessor(model_proto=content)
 
-    settings = Settings(steps=options.steps, seed=options.seed)
+    settings = Settings(size=options.size, steps=options.steps, seed=options.seed)
     begun = time.perf_counter()
     trained, seen = train(pieces, texts, settings, progress(settings, pieces, texts))
     seconds = time.perf_counter() - begun
 
-    write_model(options.out, trained)
-    model = read_model(options.out)
+    write_model(folder, trained)
+    model = read_model(folder)
     parts = {"both": texts, **{text.name: [text] for text in texts}}
     measures = {name: measure(model, pieces, part, settings.length) for name, part in parts.items()}
     write_json(
-        options.out,
+        folder,
         "training.json",
         {
             "parameters": sum(weight.numel() for weight in model.parameters()),
@@ -86,7 +87,8 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m recipes.tiny", description=__doc__)
     files = " and ".join(FILES.values())
     parser.add_argument("--data", type=Path, required=True, help=f"folder with {files}")
-    parser.add_argument("--out", type=Path, default=PACKAGE, help="folder to write (%(default)s)")
+    parser.add_argument("--size", choices=SHAPES, default="tiny", help="what to train (%(default)s)")
+    parser.add_argument("--out", type=Path, help=f"folder to write ({PACKAGE}/SIZE)")
     parser.add_argument("--seed", type=int, default=1, help="seed of the weights and rows (%(default)s)")
     parser.add_argument("--steps", type=int, default=1000, help="optimiser steps (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="processor threads (%(default)s)")
@@ -95,7 +97,7 @@ def arguments() -> argparse.Namespace:
 
 def progress(
     settings: Settings, pieces: spm.SentencePieceProcessor, texts: list[Text]
-) -> Callable[[int, float, GemmaForCausalLM], None]:
+) -> Callable[[int, float, PreTrainedModel], None]:
     """A reporter that prints the training loss often and the held-out perplexity now and then.
 
     The held-out figure is for the reader only: no checkpoint is chosen by it.
@@ -103,7 +105,7 @@ def progress(
     begun = time.perf_counter()
     losses: list[float] = []
 
-    def report(step: int, loss: float, averaged: GemmaForCausalLM) -> None:
+    def report(step: int, loss: float, averaged: PreTrainedModel) -> None:
         losses.append(loss)
         if step % 50 == 0 or step == settings.steps:
             pace = step / (time.perf_counter() - begun)
@@ -118,7 +120,7 @@ def progress(
 
 @torch.inference_mode()
 def continuation(
-    model: GemmaForCausalLM,
+    model: PreTrainedModel,
     pieces: spm.SentencePieceProcessor,
     prompt: str,
     temperature: float,

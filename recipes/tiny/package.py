@@ -1,4 +1,4 @@
-"""Writes and reads the model as a Hugging Face folder of the kind that Gemma 1 is published in."""
+"""Writes and reads a model as a Hugging Face folder of the kind that Gemma is published in."""
 
 import json
 import os
@@ -6,10 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save
-from transformers import GemmaForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from recipes.tiny.tokenizer import BOS, END_OF_TURN, EOS, PAD
 from recipes.tiny.train import ROPE_THETA
+
+SECOND = ("sliding_window", "attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar")
+"""What only the second generation's configuration says."""
 
 
 def write(folder: Path, name: str, content: bytes) -> None:
@@ -25,7 +28,7 @@ def write_json(folder: Path, name: str, content: object) -> None:
     write(folder, name, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def write_model(folder: Path, model: GemmaForCausalLM) -> None:
+def write_model(folder: Path, model: PreTrainedModel) -> None:
     """Rounds the weights to bfloat16 and writes them with their configuration.
 
     Args:
@@ -33,12 +36,13 @@ def write_model(folder: Path, model: GemmaForCausalLM) -> None:
         model: The trained model; its head is the embedding matrix and is not stored again.
     """
     shape = model.config
+    activation = "gelu_pytorch_tanh"
     write_json(
         folder,
         "config.json",
         {
-            "architectures": ["GemmaForCausalLM"],
-            "model_type": "gemma",
+            "architectures": [type(model).__name__],
+            "model_type": shape.model_type,
             "vocab_size": shape.vocab_size,
             "hidden_size": shape.hidden_size,
             "intermediate_size": shape.intermediate_size,
@@ -46,8 +50,9 @@ def write_model(folder: Path, model: GemmaForCausalLM) -> None:
             "num_attention_heads": shape.num_attention_heads,
             "num_key_value_heads": shape.num_key_value_heads,
             "head_dim": shape.head_dim,
-            "hidden_act": shape.hidden_act,
-            "hidden_activation": shape.hidden_act,
+            "hidden_act": activation,
+            "hidden_activation": activation,
+            **{name: getattr(shape, name) for name in SECOND if hasattr(shape, name)},
             "max_position_embeddings": shape.max_position_embeddings,
             "rms_norm_eps": shape.rms_norm_eps,
             "rope_theta": ROPE_THETA,
@@ -76,12 +81,12 @@ def write_model(folder: Path, model: GemmaForCausalLM) -> None:
     write(folder, "model.safetensors", save(weights, metadata={"format": "pt"}))
 
 
-def read_model(folder: Path) -> GemmaForCausalLM:
+def read_model(folder: Path) -> PreTrainedModel:
     """Loads the model as a user would, with the rounded weights held in float32.
 
     Args:
         folder: What ``write_model`` wrote.
     """
-    model: GemmaForCausalLM = GemmaForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model.eval()  # type: ignore[no-untyped-call]
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.eval()
     return model

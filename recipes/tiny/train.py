@@ -1,14 +1,21 @@
-"""Training: Transformers' Gemma decoder in mixed precision, regularised because the texts are short."""
+"""Training: Transformers' Gemma decoders in mixed precision, regularised because the texts are short."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import sentencepiece as spm
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, GemmaConfig, GemmaForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from recipes.tiny.corpus import Text, epoch
 from recipes.tiny.tokenizer import BOS, EOS, PAD, VOCABULARY
@@ -22,6 +29,7 @@ class Settings:
     """How to train.
 
     Attributes:
+        size: What to train, a key of ``SHAPES``.
         steps: Optimiser steps.
         seed: Seeds the weights, the rows and the dropout, but not the BPE-dropout, which takes no seed.
         rows: Rows in a batch.
@@ -36,6 +44,7 @@ class Settings:
         average: Decay of the weight average per step.
     """
 
+    size: str
     steps: int
     seed: int
     rows: int = 8
@@ -50,21 +59,44 @@ class Settings:
     average: float = 0.99
 
 
-def config(length: int) -> GemmaConfig:
-    """Gemma's architecture at 6.1 million parameters: one key/value head, heads wider than hidden / heads.
+SHAPES: Mapping[str, Mapping[str, Any]] = {
+    # Gemma 1 at 6.1 million parameters: one key/value head, heads wider than hidden / heads.
+    "tiny": {
+        "model_type": "gemma",
+        "num_hidden_layers": 5,
+        "num_key_value_heads": 1,
+        "hidden_act": "gelu_pytorch_tanh",
+    },
+    # Gemma 2 at 5.2 million: a window far below the 512 positions, soft-caps that bend what a trained model
+    # makes, and, as in the 27B, a scale of hidden / heads that is not the heads' width.
+    "tiny2": {
+        "model_type": "gemma2",
+        "num_hidden_layers": 4,
+        "num_key_value_heads": 2,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 64,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 10.0,
+        "query_pre_attn_scalar": 64,
+    },
+}
+"""What the models differ in, as their configurations say it."""
+
+
+def config(size: str, length: int) -> PreTrainedConfig:
+    """A model's configuration.
 
     Args:
+        size: A key of ``SHAPES``.
         length: Longest row, in ids.
     """
-    return GemmaConfig(
+    return AutoConfig.for_model(
+        **SHAPES[size],
         vocab_size=VOCABULARY,
         hidden_size=256,
-        num_hidden_layers=5,
         num_attention_heads=4,
-        num_key_value_heads=1,
         head_dim=128,
         intermediate_size=1024,
-        hidden_act="gelu_pytorch_tanh",
         max_position_embeddings=length,
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
@@ -80,8 +112,8 @@ def train(
     pieces: spm.SentencePieceProcessor,
     texts: list[Text],
     settings: Settings,
-    report: Callable[[int, float, GemmaForCausalLM], None],
-) -> tuple[GemmaForCausalLM, int]:
+    report: Callable[[int, float, PreTrainedModel], None],
+) -> tuple[PreTrainedModel, int]:
     """Trains a model from random weights.
 
     Args:
@@ -95,11 +127,12 @@ def train(
         The averaged model, float32, in evaluation mode; and the number of target tokens trained on.
     """
     torch.manual_seed(settings.seed)
-    model = GemmaForCausalLM(config(settings.length)).train()
+    shape = config(settings.size, settings.length)
+    model = AutoModelForCausalLM.from_config(shape).train()
     model.set_attn_implementation("grouped")
     drop_out(model, settings.dropout)
-    averaged = GemmaForCausalLM(config(settings.length))
-    averaged.eval()  # type: ignore[no-untyped-call]
+    averaged = AutoModelForCausalLM.from_config(shape)
+    averaged.eval()
     averaged.load_state_dict(model.state_dict())
     matrices = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
@@ -140,39 +173,53 @@ def grouped_attention(
     value: Tensor,
     _mask: Tensor | None,
     scaling: float,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     **_options: object,
 ) -> tuple[Tensor, None]:
-    """Causal attention with one key/value head as two batched products.
+    """Causal attention as two batched products over the key/value heads.
 
     It gives what Transformers' own attention gives, in half the time on a processor with bfloat16 arithmetic.
 
     Args:
         _module: The attention layer; not used.
         query: (rows, query heads, length, head size).
-        key: (rows, 1, length, head size).
-        value: (rows, 1, length, head size).
+        key: (rows, key/value heads, length, head size).
+        value: (rows, key/value heads, length, head size).
         _mask: Not used: rows are padded on the right, where a causal model does not look.
         scaling: Multiplies the scores.
+        softcap: Bends the scores before they are masked, where there is one.
+        sliding_window: How many positions are seen, the own among them; all before it where there is none.
         **_options: What other attention functions take.
 
     Returns:
         (rows, length, query heads, head size), and None in place of the attention weights.
     """
     rows, heads, length, size = query.shape
-    scores = torch.baddbmm(
-        future(heads, length, query.dtype).expand(rows, -1, -1),
-        query.reshape(rows, heads * length, size),
-        key.squeeze(1).transpose(1, 2),
-        alpha=scaling,
-    )
-    mixed = torch.bmm(scores.softmax(-1), value.squeeze(1))
+    batch, shared = rows * key.shape[1], heads // key.shape[1]
+    unseen = masked(shared, length, sliding_window, query.dtype).expand(batch, -1, -1)
+    folded = query.reshape(batch, shared * length, size)
+    turned = key.reshape(batch, length, size).transpose(1, 2)
+    if softcap is None:
+        scores = torch.baddbmm(unseen, folded, turned, alpha=scaling)
+    else:
+        scores = torch.bmm(folded, turned).mul(scaling / softcap).tanh().mul(softcap) + unseen
+    mixed = torch.bmm(scores.softmax(-1), value.reshape(batch, length, size))
     return mixed.view(rows, heads, length, size).transpose(1, 2).contiguous(), None
 
 
 @lru_cache(maxsize=4)  # Nearly all batches are of one length.
-def future(heads: int, length: int, dtype: torch.dtype) -> Tensor:
-    """What to add to the scores of every head so that no position looks ahead: (heads * length, length)."""
-    return torch.full((length, length), float("-inf"), dtype=dtype).triu(1).repeat(heads, 1)
+def masked(heads: int, length: int, window: int | None, dtype: torch.dtype) -> Tensor:
+    """What to add to the scores of every head, so that no position looks ahead or beyond its window.
+
+    Returns:
+        (heads * length, length).
+    """
+    nothing = torch.full((length, length), float("-inf"), dtype=dtype)
+    unseen = nothing.triu(1)
+    if window is not None:
+        unseen = unseen + nothing.tril(-window)
+    return unseen.repeat(heads, 1)
 
 
 AttentionInterface.register("grouped", grouped_attention)
@@ -187,8 +234,8 @@ def rate(step: int, settings: Settings) -> float:
     return settings.final_share + (1 - settings.final_share) * cosine
 
 
-def drop_out(model: GemmaForCausalLM, share: float) -> None:
-    """Adds dropout, which Gemma's modules lack, to the embeddings and to both outputs of every layer.
+def drop_out(model: PreTrainedModel, share: float) -> None:
+    """Adds dropout, which Gemma's modules lack, to the embeddings and to what layers add to the stream.
 
     Args:
         model: Changed in place; the hooks do nothing in evaluation mode and leave no trace in the weights.
@@ -200,8 +247,11 @@ def drop_out(model: GemmaForCausalLM, share: float) -> None:
 
     model.model.embed_tokens.register_forward_hook(hook)
     for layer in model.model.layers:
-        layer.self_attn.o_proj.register_forward_hook(hook)
-        layer.mlp.down_proj.register_forward_hook(hook)
+        added = (layer.self_attn.o_proj, layer.mlp.down_proj)
+        if model.config.model_type == "gemma2":
+            added = (layer.post_attention_layernorm, layer.post_feedforward_layernorm)
+        for module in added:
+            module.register_forward_hook(hook)
 
 
 def batches(
