@@ -17,7 +17,9 @@ from gemma_export.exporter.config_json import gemma_fields, read_json
 from gemma_export.exporter.released import RELEASED, REPOSITORIES
 
 CONFIG_FILE = "config.json"
-SIZES = ("tiny", *RELEASED)
+SHIPPED = {"tiny": "gemma-tiny"}
+"""Names of the models that ship with the project, by size."""
+SIZES = (*SHIPPED, *RELEASED)
 
 Family = Literal["gemma", "gemma2"]
 """Generations, by the names that `config.json` gives them."""
@@ -222,26 +224,26 @@ def _impossible(name: str, field: str, value: object, expected: str) -> Checkpoi
     )
 
 
-def tiny_folder() -> Path:
-    """The folder of the trained model that ships with the project: a checkpoint like any other."""
-    return Path(str(resources.files("gemma_export.exporter.tiny")))
+def tiny_folder(size: str = "tiny") -> Path:
+    """The folder of a trained model that ships with the project: a checkpoint like any other."""
+    return Path(str(resources.files(f"gemma_export.exporter.{size}")))
 
 
 def preset(size: str) -> GemmaConfig:
-    """The configuration of a size: `tiny` as it ships, the others as they were released.
+    """The configuration of a size, as it ships or was released.
 
     Raises:
         UsageError: There is no such size.
     """
-    if size == "tiny":
-        return config_from_json(tiny_folder() / CONFIG_FILE, name="gemma-tiny")
+    if size in SHIPPED:
+        return config_from_json(tiny_folder(size) / CONFIG_FILE, name=SHIPPED[size])
     if size not in RELEASED:
         raise UsageError(f"There is no size {size!r}.", f"The sizes are {', '.join(SIZES)}.")
     return GemmaConfig(**RELEASED[size])
 
 
 def hub_repositories(size: str) -> tuple[str, ...]:
-    """The Hugging Face repositories that hold a size, the base model first; none for `tiny`."""
+    """The Hugging Face repositories that hold a size, the base model first; none for what ships."""
     return REPOSITORIES.get(size, ())
 
 

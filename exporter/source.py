@@ -15,7 +15,7 @@ from gemma_export.exporter.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from gemma_export.exporter.checkpoints.weights import canonical_weights, config_for
-from gemma_export.exporter.config import GemmaConfig, preset, size_of, tiny_folder
+from gemma_export.exporter.config import SHIPPED, GemmaConfig, preset, size_of, tiny_folder
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.tokenizer.random import write_random_tokenizer
 
@@ -89,4 +89,4 @@ def requested_source(request: BuildRequest) -> Source:
 
 def _find(size: str | None) -> Path:
     assert size is not None
-    return tiny_folder() if size == "tiny" else find_in_hub_cache(size)
+    return tiny_folder(size) if size in SHIPPED else find_in_hub_cache(size)

@@ -14,6 +14,7 @@ from gemma_export.calibration.range_audit import RangeAudit
 from gemma_export.calibration.text import Passage, builtin_texts, read_texts
 from gemma_export.errors import CheckpointError, UsageError
 from gemma_export.exporter import events
+from gemma_export.exporter.config import SHIPPED
 from gemma_export.exporter.parity.budget import budget_of
 from gemma_export.exporter.parity.gate import GateReference, check_parity
 from gemma_export.exporter.parity.reference import Reference
@@ -199,8 +200,8 @@ def source_of_bundle(manifest: Manifest, checkpoint: Path | None, tokenizer: Pat
     source = manifest.checkpoint.source
     if source is not None and Path(source).exists():
         return open_source(Path(source), tokenizer=tokenizer)
-    if manifest.model.size == "tiny":  # A bundle of what ships, on another machine.
-        shipped = open_source(size="tiny", tokenizer=tokenizer)
+    if manifest.model.size in SHIPPED:  # A bundle of what ships, on another machine.
+        shipped = open_source(size=manifest.model.size, tokenizer=tokenizer)
         if shipped.checkpoint.digest() == manifest.checkpoint.digest:
             return shipped
     raise CheckpointError(
