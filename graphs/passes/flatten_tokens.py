@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.merge_projections import find_linear
-from gemma_export.graphs.passes.patterns import ints, last_dim
+from gemma_export.graphs.passes.patterns import ints, last_dim, stand_in
 from gemma_export.graphs.passes.quantized_layers import add_constant
 from gemma_export.graphs.tensors import streamed
 
@@ -42,7 +42,7 @@ def flatten_tokens(model: ir.Model) -> int:
         decoder.rewrite(node)
     decoder.finish()
     products = (linear for node in graph if (linear := find_linear(node)) is not None)
-    return sum(linear.product.inputs[0] in decoder.flat for linear in products)
+    return sum(linear.output in decoder.flat for linear in products)
 
 
 class _Decoder:
@@ -53,13 +53,13 @@ class _Decoder:
     """
 
     def __init__(self, graph: ir.Graph) -> None:
-        self.flat: dict[ir.Value | None, ir.SymbolicDim] = {}
+        self.flat: dict[ir.Value, ir.SymbolicDim] = {}
         self._graph, self._ids = graph, graph.inputs[0]
         self._first, self._shapes = graph[0], dict[str, ir.Value]()
 
     def rewrite(self, node: ir.Node) -> None:
         """Rewrites what reads hidden states, or begins or continues them."""
-        read = [value for value in node.inputs if value in self.flat]
+        read = [value for value in node.inputs if value is not None and value in self.flat]
         if node.op_type == "Gather" and node.inputs[1] is self._ids and streamed(node.inputs[0]) is not None:
             node.replace_input_with(1, self._all_tokens())
             self._flatten(node.outputs[0], TOKENS)
@@ -89,10 +89,10 @@ class _Decoder:
         reshape = ir.node("Reshape", [logits, sizes])
         output, product = reshape.outputs[0], logits.producer()
         assert product is not None
+        stand_in(output, logits)
         output.shape = ir.Shape(["batch", "tokens" if rows is TOKENS else 1, vocabulary])
-        output.dtype, self._graph.outputs[0] = logits.dtype, output
         name = "lm_head" if find_linear(product) is not None else "soft_cap"
-        output.name, logits.name, product.name = logits.name, name, name
+        self._graph.outputs[0], logits.name, product.name = output, name, name
         self._graph.insert_after(product, reshape)
 
     def _keeps_tokens_apart(self, node: ir.Node) -> bool:
@@ -102,8 +102,8 @@ class _Decoder:
         if node.op_type == "MatMul":
             return find_linear(node) is not None
         # The other operand is hidden states too, or one number per channel.
-        others = [value for value in node.inputs if value is not None and value not in self.flat]
-        return node.op_type in BY_CHANNEL and all(len(value.shape or ()) <= 1 for value in others)
+        shapes = [value.shape for value in node.inputs if value is not None and value not in self.flat]
+        return node.op_type in BY_CHANNEL and all(shape is not None and len(shape) <= 1 for shape in shapes)
 
     def _slice(self, node: ir.Node, hidden: ir.Value) -> None:
         """The last token of every row: sliced with both axes, and then on one again."""
@@ -111,8 +111,9 @@ class _Decoder:
         apart = ir.node("Reshape", [hidden, self._rows_and([width])])
         together = ir.node("Reshape", [node.outputs[0], self._sizes([-1, width])])
         output, last = apart.outputs[0], together.outputs[0]
+        for value in (output, last):
+            stand_in(value, hidden)
         output.name, output.shape = f"{hidden.name}.rows", ir.Shape(["batch", "tokens", width])
-        output.dtype = last.dtype = hidden.dtype
         last.name = f"{node.outputs[0].name}.tokens"
         node.outputs[0].replace_all_uses_with(last)
         together.replace_input_with(0, node.outputs[0])

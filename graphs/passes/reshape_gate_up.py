@@ -62,7 +62,7 @@ def _split_pair(graph: ir.Graph, split: ir.Node) -> None:
 
 def _reshape(graph: ir.Graph, value: ir.Value, shape: list[int | ir.SymbolicDim], copied: int) -> ir.Node:
     """Reshapes a value; so many axes are copied, those of its tokens."""
-    sizes = [*[0] * copied, *shape[copied:]]
+    sizes = [*[0] * copied, *(size for size in shape[copied:] if isinstance(size, int))]
     name = f"shape_{'_'.join(map(str, sizes))}"
     node = ir.node("Reshape", [value, add_constant(graph, name, sizes, ir.DataType.INT64)])
     _describe(node.outputs[0], f"{value.name}.pair", shape, value.dtype)

@@ -10,7 +10,9 @@ knows both by their names.
 Illegal, and left alone, when:
   (1) neither the product nor what it reads is among the values that leave fp16;
   (2) the weight itself leaves fp16, and is stored in fp32;
-  (3) the weight is stored as codes: of those TensorRT makes numbers of any format while it multiplies.
+  (3) the weight is stored as codes: of those TensorRT makes numbers of any format while it multiplies;
+  (4) the product is queries, keys and values: keys may be as small as queries are large, and would lose their
+      digits. Attention itself is in fp32 then, and nothing is gained.
 """
 
 from collections.abc import Collection
@@ -21,6 +23,7 @@ from gemma_export.graphs.passes.merge_projections import find_linear
 from gemma_export.graphs.passes.patterns import stand_in
 from gemma_export.graphs.passes.quantized_layers import add_constant
 
+HEADS = ".qkv_proj.weight"
 STEP = 2.0**-8
 """What x is multiplied with. An x below 2⁻⁶ loses digits, but none above 2⁻¹⁷."""
 
@@ -35,7 +38,7 @@ def scale_products(model: ir.Model, keep: Collection[str]) -> int:
     count = 0
     for node in list(model.graph):
         linear = find_linear(node)
-        if linear is None or linear.weight.name in keep:
+        if linear is None or linear.weight.name in keep or str(linear.weight.name).endswith(HEADS):
             continue
         if linear.output.name in keep or _name_before_reshapes(node.inputs[0]) in keep:
             _scale(model.graph, node)

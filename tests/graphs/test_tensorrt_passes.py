@@ -236,6 +236,7 @@ def test_weights_in_fp32_and_codes_are_not_scaled(raw_graph: MakeGraph) -> None:
     assert scale_products(canonical(raw_graph), {"layers.0.mlp.down_proj"}) == 1
     assert scale_products(of_codes(raw_graph), {"layers.0.mlp.down_proj"}) == 0
     assert scale_products(canonical(raw_graph), {"layers.0.mlp.activation"}) == 0
+    assert scale_products(canonical(raw_graph), {"layers.0.self_attn.qkv_proj"}) == 0
 
 
 def test_a_scaled_product_is_finite_in_fp16(raw_graph: MakeGraph) -> None:
