@@ -264,15 +264,17 @@ def test_a_weight_beyond_fp16_is_kept_in_fp32(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["mqa", "gemma2"])
 def test_what_the_audit_sees_has_a_name_in_the_graph(
-    build_once: BuildOnce, checkpoint_of: Callable[[str], Path]
+    family: str, build_once: BuildOnce, checkpoint_of: Callable[[str], Path]
 ) -> None:
     # A name that the graph does not know would be kept in vain.
-    source = open_source(checkpoint_of("mqa"))
+    source = open_source(checkpoint_of(family))
     seen: set[str] = set()
     run = Reference(source.config, source.weights).run([[2, 5, 9]], observe=lambda name, _: seen.add(name))
     run.logits(0)
-    result = build_once(checkpoint=checkpoint_of("mqa"), target="onnx", logits="all", max_length=SLOTS)
+    run.observe_logits()
+    result = build_once(checkpoint=checkpoint_of(family), target="onnx", logits="all", max_length=SLOTS)
     model = onnx.load(result.path / "model.onnx", load_external_data=False)
     names = {output for node in model.graph.node for output in node.output}
     # The scaled embedding has no name of its own: it is always in fp32.
