@@ -15,6 +15,7 @@ from gemma_export.errors import GraphError
 from gemma_export.exporter.decoder import Decoder, rotary_tables
 from gemma_export.exporter.trace import bind_weights, trace
 from gemma_export.graphs import schedule
+from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.half_precision import half_precision
 from gemma_export.graphs.passes.lower_group_query_attention import CausalMask, find_causal_mask
 
@@ -130,6 +131,23 @@ def test_a_soft_cap_on_logits_is_computed_in_fp32(canonical: ir.Model) -> None:
     quotient, cap = tanh.inputs[0], tanh.outputs[0].uses()[0].node
     assert quotient is not None
     assert {quotient.dtype, tanh.outputs[0].dtype, cap.outputs[0].dtype} == {ir.DataType.FLOAT}
+
+
+def test_channels_are_scaled_in_the_norms_before_and_not_in_those_behind(canonical: ir.Model) -> None:
+    feeds = decoder_feeds(canonical, batch=1, tokens=12, start=0)
+    before = run(canonical, feeds)
+    generator = torch.Generator().manual_seed(0)
+
+    def vector(channels: int) -> torch.Tensor:
+        return torch.rand(channels, generator=generator) * 4 + 0.25
+
+    widths = {"input_layernorm": 24, "pre_feedforward_layernorm": 24, "mlp.up_proj": 40}
+    smoothing = {f"layers.{i}.{name}": vector(width) for i in range(4) for name, width in widths.items()}
+    assert fold_channel_scales(canonical, smoothing) == 12
+    for output, values in run(canonical, feeds).items():
+        np.testing.assert_allclose(values, before[output], rtol=0, atol=4 * TOLERANCE, err_msg=output)
+    with pytest.raises(GraphError, match="post_attention_layernorm cannot be scaled"):
+        fold_channel_scales(canonical, {"layers.0.post_attention_layernorm": vector(24)})
 
 
 # What must not be taken for a window, or for a cap
