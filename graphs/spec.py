@@ -212,30 +212,6 @@ def quantized_table_is_stored_once(model: ir.Model) -> str | None:
     return None if len(lookups) == 2 else f"{len(lookups)} lookups read stored tables beside {codes.name}"
 
 
-def dequantized_table_is_stored_once(model: ir.Model) -> str | None:
-    """One table, of numbers or of codes; what the codes stand for is read by the lookup and by the head."""
-    rows = [node.inputs[0] for node in model.graph if node.op_type == "Gather"]
-    numbers = [
-        producer for value in rows if value is not None and (producer := _dequantize(value)) is not None
-    ]
-    if not numbers:
-        return embedding_is_stored_once(model)
-    codes = numbers[0].inputs[0]
-    assert codes is not None
-    if len(numbers) != 1 or len(codes.uses()) != 1:
-        return f"{codes.name} is read {len(codes.uses())} times, and {len(numbers)} lookups read codes"
-    readers = Counter(_reader(use.node) for use in numbers[0].outputs[0].uses())
-    return None if readers == {"Gather": 1, "MatMul": 1} else f"{codes.name} is read by {dict(readers)}"
-
-
-def _dequantize(value: ir.Value) -> ir.Node | None:
-    """The node that makes a value of stored codes, or None."""
-    producer = value.producer()
-    if producer is None or producer.op_type != "DequantizeLinear" or streamed(producer.inputs[0]) is None:
-        return None
-    return producer
-
-
 def no_weight_is_stored_twice(model: ir.Model) -> str | None:
     """What is stored as codes is not stored as numbers too, nor as other codes."""
     matrices = [
@@ -343,19 +319,6 @@ CANONICAL = Spec(
         attention_masks_are_explicit,
     ),
 )
-HALF = Spec(
-    "16-bit",
-    (
-        inputs_and_outputs_follow_the_contract,
-        only_standard_operators,
-        every_value_has_a_type,
-        every_initializer_has_a_value,
-        no_initializer_is_unused,
-        caches_are_written_straight,
-        embedding_is_stored_once,
-        attention_masks_are_explicit,
-    ),
-)
 CPU = Spec(
     "onnxruntime CPU",
     (
@@ -385,24 +348,3 @@ CPU_QUANTIZED = Spec(
 def cpu_quantized(forms: Mapping[str, Form]) -> Spec:
     """The rules of a quantized CPU graph, and that its products have the forms chosen for them, by name."""
     return Spec(CPU_QUANTIZED.stage, (*CPU_QUANTIZED.rules, forms_are_those_chosen(forms)))
-
-
-ONNX_QUANTIZED = Spec(
-    "quantized ONNX",
-    (
-        inputs_and_outputs_follow_the_contract,
-        only_standard_operators,
-        every_value_has_a_type,
-        every_initializer_has_a_value,
-        no_initializer_is_unused,
-        caches_are_written_straight,
-        dequantized_table_is_stored_once,
-        no_weight_is_stored_twice,
-        attention_masks_are_explicit,
-    ),
-)
-
-
-def onnx_quantized(forms: Mapping[str, Form]) -> Spec:
-    """The rules of a quantized graph in standard operators, and that its products have the forms chosen."""
-    return Spec(ONNX_QUANTIZED.stage, (*ONNX_QUANTIZED.rules, forms_are_those_chosen(forms)))

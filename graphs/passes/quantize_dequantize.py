@@ -106,7 +106,7 @@ def _checked(
     elif how.form == "w8a8-tensor" and (scale is None or not 0 < scale < math.inf):
         problem = f"the scale of its activation is {scale}"
     if problem is not None:
-        raise GraphError(f"{name} cannot be {how.form} on the target onnx: {problem}.", CALIBRATE)
+        raise GraphError(f"{name} cannot be {how.form} in standard operators: {problem}.", CALIBRATE)
     return how
 
 

@@ -194,6 +194,21 @@ def another_dequantize_for_the_head(graph: ir.Graph) -> None:
     head.replace_input_with(1, turned.outputs[0])
 
 
+def forget_to_round(graph: ir.Graph) -> None:
+    product = next(
+        node for node in graph if "layers.1.mlp.down_proj" in str(node.name) and node.op_type == "MatMul"
+    )
+    product.replace_input_with(0, producer(producer(product.inputs[0]).inputs[0]).inputs[0])
+
+
+def test_a_product_of_another_form_is_seen(raw_graph: MakeGraph) -> None:
+    model = lowered(raw_graph, "w8a8-tensor")
+    forget_to_round(model.graph)
+    forms = dict.fromkeys((f"layers.{i}.{name}" for i in range(LAYERS) for name in LINEARS), "w8a8-tensor")
+    rule = spec.forms_are_those_chosen({"embed_tokens": "w8"} | forms)  # type: ignore[arg-type]
+    assert rule(model) == "layers.1.mlp.down_proj is w8, not w8a8-tensor"
+
+
 BREAKAGES: list[tuple[str, Spoil, spec.Rule]] = [
     ("fp16", mask_in_fp32, spec_tensorrt.masks_have_the_format_of_queries),
     ("bf16", mask_in_fp32, spec_tensorrt.masks_have_the_format_of_queries),
