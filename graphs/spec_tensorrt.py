@@ -115,11 +115,11 @@ def table_of_codes_is_read_once(model: ir.Model) -> str | None:
     return None if views == ["Gather", "MatMul"] else f"{codes.name} is read by {', '.join(views)}"
 
 
-def products_are_of_two_matrices(model: ir.Model) -> str | None:
+def products_have_all_tokens_on_one_axis(model: ir.Model) -> str | None:
     """With an axis for the batch, a profile for several rows stores weights of its own."""
     for node in _nodes(model, "MatMul"):
         x = node.inputs[0]
-        if x is None or x.shape is None or len(x.shape) != 2:
+        if x is None or x.shape is None or len(x.shape) != 3 or x.shape[0] != 1:
             return f"{node.name} reads {x.name if x else 'nothing'} {list(x.shape or ()) if x else ''}"
     return None
 
@@ -150,7 +150,7 @@ _RULES: tuple[spec.Rule, ...] = (
     operands_have_one_format,
     caches_are_scattered_in_place,
     weights_are_rows_behind_one_transpose,
-    products_are_of_two_matrices,
+    products_have_all_tokens_on_one_axis,
     products_get_an_axis_before_they_are_split,
 )
 TENSORRT = spec.Spec("TensorRT", (*_RULES, spec.embedding_is_stored_once))

@@ -1,16 +1,17 @@
 """For TensorRT: the tokens of all rows of a batch lie one behind the other, on one axis.
 
-    Gather(E, input_ids) [B, T, d] → … → MatMul → …   →   Gather(E, Reshape(input_ids, [-1])) [B·T, d] → …
+    Gather(E, input_ids) [B, T, d] → MatMul → …
+        →  Gather(E, Reshape(input_ids, [1, -1])) [1, B·T, d] → MatMul → …
 
-Every product is then one of two matrices. With an axis for the batch TensorRT takes another kernel for the
-rows of a batch than for the tokens of one row, and the two want the weight in layouts of their own: an engine
-with a profile for several rows would store it twice.
+With an axis for the batch TensorRT takes another kernel for the rows of a batch than for the tokens of one
+row, and the two want the weight in layouts of their own: an engine with a profile for several rows would
+store it twice. The axis of one in front stays: without it the builder needs twice the memory.
 
 What needs to know the rows gets the two axes back, [B, T, ..]: the reshape to heads, the last token's slice
 where there is one, and the logits.
 
 Illegal, and an error, when the hidden states go through an operator that is none of those of the canonical
-graph: it could tell [B·T, d] from [B, T, d].
+graph: it could tell [1, B·T, d] from [B, T, d].
 """
 
 import onnx_ir as ir
@@ -28,7 +29,7 @@ TOKENS, LAST_TOKENS = ir.SymbolicDim("tokens_of_all_rows"), ir.SymbolicDim("last
 
 
 def flatten_tokens(model: ir.Model) -> int:
-    """Rewrites the decoder from its lookup to its logits; returns how many products have two axes now.
+    """Rewrites the decoder from its lookup to its logits; returns how many products have one row now.
 
     Args:
         model: The canonical graph; a Gather with the graph's `input_ids` begins what is rewritten.
@@ -64,7 +65,7 @@ class _Decoder:
             node.replace_input_with(1, self._all_tokens())
             self._flatten(node.outputs[0], TOKENS)
         elif node.op_type == "Reshape" and not read and _merges_heads(node):
-            node.replace_input_with(1, self._sizes([-1, _width(node.outputs[0])]))
+            node.replace_input_with(1, self._sizes([1, -1, _width(node.outputs[0])]))
             self._flatten(node.outputs[0], TOKENS)
         elif read and self._keeps_tokens_apart(node):
             for output in node.outputs:
@@ -109,7 +110,7 @@ class _Decoder:
         """The last token of every row: sliced with both axes, and then on one again."""
         width = _width(hidden)
         apart = ir.node("Reshape", [hidden, self._rows_and([width])])
-        together = ir.node("Reshape", [node.outputs[0], self._sizes([-1, width])])
+        together = ir.node("Reshape", [node.outputs[0], self._sizes([1, -1, width])])
         output, last = apart.outputs[0], together.outputs[0]
         for value in (output, last):
             stand_in(value, hidden)
@@ -123,13 +124,13 @@ class _Decoder:
         self._flatten(last, LAST_TOKENS, width)
 
     def _flatten(self, value: ir.Value, tokens: ir.SymbolicDim, width: int | None = None) -> None:
-        value.shape = ir.Shape([tokens, _width(value) if width is None else width])
+        value.shape = ir.Shape([1, tokens, _width(value) if width is None else width])
         self.flat[value] = tokens
 
     def _all_tokens(self) -> ir.Value:
-        """The ids of all rows [B·T]."""
-        node = ir.node("Reshape", [self._ids, self._sizes([-1])])
-        return self._begin(node, "input_ids.of_all_rows", [TOKENS])
+        """The ids of all rows [1, B·T]."""
+        node = ir.node("Reshape", [self._ids, self._sizes([1, -1])])
+        return self._begin(node, "input_ids.of_all_rows", [1, TOKENS])
 
     def _rows_and(self, sizes: list[int]) -> ir.Value:
         """The shape [B, T, ..]; one value, and one Shape, for all that want the same."""

@@ -9,7 +9,7 @@ but the rows that were looked up.
 
 Illegal when:
   (1) the table is of numbers: this is the spelling that stores those twice;
-  (2) the ids have another axis than one;
+  (2) the ids have an axis for the batch;
   (3) no head reads the table.
 """
 
@@ -35,7 +35,9 @@ def _view(lookup: ir.Node) -> ir.Value | None:
     numbers = None if table is None else table.producer()
     if table is None or numbers is None or numbers.op_type != "DequantizeLinear":
         return None
-    if streamed(numbers.inputs[0]) is None or ids is None or ids.shape is None or len(ids.shape) != 1:
+    if streamed(numbers.inputs[0]) is None or ids is None or ids.shape is None:
+        return None
+    if len(ids.shape) != 2 or ids.shape[0] != 1:
         return None
     views = [node.outputs[0] for node in users(table) if node.op_type == "Transpose"]
     return next((view for view in views if any(node.op_type == "MatMul" for node in users(view))), None)
@@ -46,10 +48,13 @@ def _look_up_in(graph: ir.Graph, lookup: ir.Node, view: ir.Value) -> None:
     assert transpose is not None
     assert rows.shape is not None
     gather = ir.node("Gather", [view, lookup.inputs[1]], attributes={"axis": 1}, name=lookup.name)
-    upright = ir.node("Transpose", [gather.outputs[0]], attributes={"perm": [1, 0]})
+    upright = ir.node("Transpose", [gather.outputs[0]], attributes={"perm": [1, 2, 0]})
     columns = gather.outputs[0]
     stand_in(upright.outputs[0], rows)
-    columns.name, columns.shape = f"{rows.name}.columns", ir.Shape([rows.shape[1], rows.shape[0]])
+    columns.name, columns.shape = (
+        f"{rows.name}.columns",
+        ir.Shape([rows.shape[2], rows.shape[0], rows.shape[1]]),
+    )
     if rows.dtype is not None:
         columns.dtype = rows.dtype
     # The view is made where the head is: now it is read at the beginning too.

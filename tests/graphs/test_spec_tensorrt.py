@@ -220,7 +220,7 @@ BREAKAGES: list[tuple[str, Spoil, spec.Rule]] = [
     ("fp16", write_around_the_end, spec_tensorrt.caches_are_scattered_in_place),
     ("w8", cache_in_8_bits, spec_tensorrt.caches_are_scattered_in_place),
     ("fp16", store_columns_of_outputs, spec_tensorrt.weights_are_rows_behind_one_transpose),
-    ("w4", an_axis_for_the_batch, spec_tensorrt.products_are_of_two_matrices),
+    ("w4", an_axis_for_the_batch, spec_tensorrt.products_have_all_tokens_on_one_axis),
     ("fp16", split_the_product_itself, spec_tensorrt.products_get_an_axis_before_they_are_split),
     ("w8", split_the_product_itself, spec_tensorrt.products_get_an_axis_before_they_are_split),
     ("fp16", store_the_table_again, spec.embedding_is_stored_once),

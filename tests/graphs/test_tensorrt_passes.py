@@ -63,7 +63,8 @@ def test_every_product_and_norm_reads_tokens_on_one_axis(raw_graph: MakeGraph) -
             value = node.inputs[0]
             assert value is not None
             assert value.shape is not None
-            assert len(value.shape) == 2, node.name
+            assert len(value.shape) == 3, node.name
+            assert value.shape[0] == 1, node.name
     # The shape of the rows is asked for once, whatever the layers.
     assert len(nodes(model, "Shape")) == 1
     assert len(nodes(model, "Concat")) == 2  # to heads, and to the logits of all tokens
