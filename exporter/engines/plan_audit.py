@@ -20,10 +20,6 @@ SHOWN = 3
 # Beside the weights an engine holds constants that were folded, each at an aligned address: of 2B 0.02 %, and
 # some kilobytes a layer. A projection that is stored twice is more.
 _SHARE, _CONSTANT = 500, 64 << 10
-# With so few bytes one token is multiplied by another kernel than many, in a layout of its own. No released
-# model has a product that small.
-_SMALL = 64 << 10
-_BITS = {"Float": 32, "Half": 16, "BFloat16": 16, "Int8": 8, "Int4": 4}
 
 
 @dataclass(frozen=True)
@@ -76,18 +72,12 @@ def audit_plan(
         *_table_findings(uses),
         *_weight_findings(plan, uses, profiles),
     ]
-    if plan.weight_bytes > _most_bytes(uses, weights):
+    if plan.weight_bytes > weights + weights // _SHARE + _CONSTANT:
         findings.append(
             f"its weights take {plan.weight_bytes:,} bytes and the graph's {weights:,}: some are stored twice"
         )
     kinds = Counter(kernel.shown_kind for kernel in plan.kernels)
     return PlanAudit(dict(sorted(kinds.items())), plan.weight_bytes, plan.activation_bytes, tuple(findings))
-
-
-def _most_bytes(uses: Sequence[WeightUse], weights: int) -> int:
-    """What the weights may take in a plan that stores them once."""
-    sizes = {use.weight: use.count * _BITS[use.type] // 8 for use in uses}
-    return weights + weights // _SHARE + _CONSTANT + sum(size for size in sizes.values() if size <= _SMALL)
 
 
 def require_clean(audit: PlanAudit, what: str) -> None:
