@@ -64,7 +64,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=["tiny", "2b", "7b"], default="2b")
     parser.add_argument("--precision", choices=["fp16", "bf16", "int8", "int4"], default="int8")
-    parser.add_argument("--scheme", help="of int8: w8a16")
+    parser.add_argument("--scheme", help="of int8: w8a16 or w8a8")
     parser.add_argument("--sm", default="89")
     parser.add_argument("--max-length", type=int, default=4096)
     parser.add_argument("--max-batch", type=int, default=1)

@@ -150,6 +150,7 @@ def check_listed(manifest: Manifest) -> None:
             raise BundleError(f"{MANIFEST_NAME} lists no {name}, which a bundle needs.", _FETCH_AGAIN)
     for name in manifest.files:
         _check_name(name)
+    for name in manifest.files:
         if any(str(folder) in manifest.files for folder in PurePosixPath(name).parents):
             raise BundleError(f"{MANIFEST_NAME} lists {name!r} inside what it lists as a file.", _UNSAFE)
 

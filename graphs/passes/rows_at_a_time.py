@@ -116,8 +116,8 @@ def _split_product(
         axis = add_constant(graph, "axis_of_rows", [0], ir.DataType.INT64)
         cut = ir.node("Slice", [weight, *bounds, axis])
         rows = cut.outputs[0]
-        rows.name, rows.dtype = f"{weight.name}.{start}.rows", weight.dtype
-        rows.shape = ir.Shape([stop - start, width])
+        stand_in(rows, weight)
+        rows.name, rows.shape = f"{weight.name}.{start}.rows", ir.Shape([stop - start, width])
         graph.insert_before(product, cut)
         numbers = _copy(graph, chain, rows, before=product)
         transpose = ir.node("Transpose", [numbers], attributes={"perm": [1, 0]})

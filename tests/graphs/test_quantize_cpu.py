@@ -95,9 +95,20 @@ def inputs_of_products() -> Mapping[str, str]:
     """What each linear layer and the head read, by the name of the weight: names that lowering keeps."""
     found = [linear for node in tiny_canonical().graph if (linear := find_linear(node)) is not None]
     return {
-        str(linear.weight.name).removesuffix(".weight"): str(linear.product.inputs[0].name)  # type: ignore[union-attr]
+        str(linear.weight.name).removesuffix(".weight"): kept_name(linear.product.inputs[0])
         for linear in found
     }
+
+
+def kept_name(value: ir.Value | None) -> str:
+    """A value's name, or the attention's of which it is another view: the fused one gives it at once."""
+    viewed = value
+    while viewed is not None and (maker := viewed.producer()) is not None:
+        if maker.op_type == "Attention":
+            return str(viewed.name)
+        viewed = maker.inputs[0] if maker.op_type in ("Reshape", "Transpose") else None
+    assert value is not None
+    return str(value.name)
 
 
 @tiny_forms
