@@ -107,7 +107,8 @@ def scale_per_row(graph: ir.Graph) -> None:
 def head_from_the_left(graph: ir.Graph) -> None:
     """logits = (E · xᵀ)ᵀ."""
     head = next(node for node in nodes(graph, "MatMul") if "_proj" not in str(node.name))
-    table, turned = maker(head.inputs[1]).inputs[0], ir.node("Transpose", [head.inputs[0]], {"perm": [0, 2, 1]})
+    table = maker(head.inputs[1]).inputs[0]
+    turned = ir.node("Transpose", [head.inputs[0]], {"perm": [0, 2, 1]})
     product = ir.node("MatMul", [table, turned.outputs[0]], name="head")
     back = ir.node("Transpose", [product.outputs[0]], {"perm": [0, 2, 1]})
     turned.name, back.name = "head.x", "head.back"
