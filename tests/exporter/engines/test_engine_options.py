@@ -131,3 +131,11 @@ def test_chunk_is_held_against_a_models_own_context() -> None:
 @pytest.mark.parametrize(("sms", "count"), [((), 1), ((75,), 1), ((86, 89), 1), ((75, 89), 2)], ids=str)
 def test_sm_75_has_an_engine_of_its_own(sms: tuple[int, ...], count: int) -> None:
     assert engine_files(EngineRequest("rtx", sms)) == count
+
+
+@pytest.mark.parametrize("target", ["rtx", "tensorrt"])
+def test_attention_that_tensorrt_does_not_compute_is_refused(target: str) -> None:
+    request = BuildRequest(size="gemma2-2b", target=target, precision="bf16")
+    with pytest.raises(UsageError, match="gemma-2-2b caps its attention scores") as refusal:
+        request.engine_request(preset("gemma2-2b"))
+    assert "--target cpu" in str(refusal.value.hint)
