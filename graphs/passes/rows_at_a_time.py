@@ -83,7 +83,8 @@ def _look_up_first(graph: ir.Graph, lookup: ir.Node, chain: list[ir.Node]) -> No
     assert table is not None
     gather = ir.node("Gather", [table, lookup.inputs[1]], attributes=lookup.attributes)
     rows = gather.outputs[0]
-    rows.name, rows.dtype, rows.shape = f"{found.name}.rows", table.dtype, found.shape
+    stand_in(rows, table)
+    rows.name, rows.shape = f"{found.name}.rows", found.shape
     graph.insert_before(lookup, gather)
     last = _copy(graph, chain, rows, before=lookup).producer()
     assert last is not None
