@@ -4,19 +4,16 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import Outcome, command
+from support.command_line import Invoke, Outcome, RunCli, command
 
 from gemma_export.exporter.config import tiny_folder
-
-Invoke = Callable[[Sequence[object]], Outcome]
-RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

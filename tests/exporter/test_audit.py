@@ -3,218 +3,36 @@
 Asked for is a table that is looked up, a layer of each form, and a head over the table.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 import pytest
-import torch
 from ml_dtypes import bfloat16
-from onnx import TensorProto, helper, numpy_helper
-from support.graphs import random_weights, small_config
+from onnx import TensorProto
+from support.audit_parts import (
+    BLOCK,
+    CPU,
+    CPU_PARTS,
+    ONNX,
+    ONNX_PARTS,
+    D,
+    Graph,
+    V,
+    behind,
+    blocks,
+    half,
+    lookup,
+    nibbles,
+    rounded,
+    rounded_tokens,
+    write,
+)
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter import audit as audit_module
 from gemma_export.exporter.audit import AuditedTensor, audit, optimized
-from gemma_export.exporter.trace import bind_weights, trace
-from gemma_export.graphs import schedule
-from gemma_export.graphs.formats import WeightFormat
-from gemma_export.graphs.passes.half_precision import half_precision
-from gemma_export.graphs.passes.lower_group_query_attention import lower_group_query_attention
-from gemma_export.graphs.passes.lower_linear import lower_linear
-from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
-from gemma_export.graphs.passes.quantize_embedding import quantize_embedding
-from gemma_export.graphs.passes.quantize_linear import quantize_linear
-from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
-from gemma_export.graphs.passes.store_half import store_half
-from gemma_export.graphs.quantization import LinearQuantization, Quantization
-from gemma_export.graphs.storage import DATA_FILE, GRAPH_FILE, write_model
-
-V, D, BLOCK = 48, 64, 32
-TOKEN = LinearQuantization("w8a8-token", WeightFormat(8))
-TENSOR = LinearQuantization("w8a8-tensor", WeightFormat(8), activation_scale=0.05)
-ROWS = LinearQuantization("w8", WeightFormat(8))
-W8 = LinearQuantization("w8", WeightFormat(8, BLOCK))
-W4 = LinearQuantization("w4", WeightFormat(4, BLOCK))
-FLOAT = LinearQuantization("float")
-
-CPU = {"embed_tokens": W8, "layers.0.q": TOKEN, "layers.0.o": W8, "layers.0.up": W4, "layers.0.down": FLOAT}
-ONNX = {
-    "embed_tokens": ROWS,
-    "layers.0.q": TENSOR,
-    "layers.0.o": ROWS,
-    "layers.0.up": W4,
-    "layers.0.down": FLOAT,
-}
-
-
-class Graph:
-    """A graph of nodes and initializers, as they are added."""
-
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.initializers: dict[str, Any] = {}
-        self.random = np.random.default_rng(0)
-
-    def add(self, op_type: str, *inputs: str, output: str = "", **attributes: Any) -> str:
-        output = output or f"{op_type}_{len(self.nodes)}"
-        domain = "com.microsoft" if op_type in ("FusedMatMul", "MatMulNBits") else ""
-        node = helper.make_node(op_type, list(inputs), [output], name=output, domain=domain, **attributes)
-        self.nodes.append(node)
-        return output
-
-    def store(self, name: str, array: Any) -> str:
-        self.initializers[name] = numpy_helper.from_array(np.asarray(array), name)
-        return name
-
-    def floats(self, name: str, *shape: int, dtype: type = np.float32) -> str:
-        return self.store(name, (self.random.standard_normal(shape) / 8).astype(dtype))
-
-    def codes(self, name: str, *shape: int, dtype: type = np.uint8) -> str:
-        return self.store(name, self.random.integers(0, 127, shape).astype(dtype))
-
-    def save(self, folder: Path) -> Path:
-        ids = helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["B", "T"])
-        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["B", "T", V])
-        graph = helper.make_graph(self.nodes, "small", [ids], [logits], list(self.initializers.values()))
-        domains = [helper.make_opsetid("", 24), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=domains, ir_version=11)
-        onnx.save(
-            model, folder / GRAPH_FILE, save_as_external_data=True, location=DATA_FILE, size_threshold=1024
-        )
-        return folder / GRAPH_FILE
-
-
-Part = Callable[[Graph, str, str], str]
-"""Adds what computes a layer of a name from x, and gives the result."""
-
-
-def rounded_tokens(graph: Graph, name: str, x: str, rounding: str = "QuantizeLinear") -> str:
-    zero = graph.store("zero_point", np.uint8(128))
-    largest = graph.add("ReduceMax", graph.add("Abs", x), graph.store("last_axis", [-1]))
-    steps = graph.add("Div", largest, graph.store("largest_code", np.float32(127)))
-    if rounding == "QuantizeLinear":
-        quotients = graph.add("Div", x, steps)
-        tokens = graph.add(rounding, quotients, graph.store("one", np.float32(1)), zero)
-    else:
-        graph.nodes.append(helper.make_node(rounding, [x], [tokens := f"{name}.tokens", "step", "zero"]))
-    codes = graph.codes(f"{name}.codes", D, D, dtype=np.int8)
-    numbers = graph.add("Cast", graph.add("MatMulInteger", tokens, codes, zero), to=TensorProto.FLOAT)
-    by_token = graph.add("Mul", numbers, steps)
-    return graph.add("Mul", by_token, graph.floats(f"{name}.scales", D), output=name)
-
-
-def blocks(
-    graph: Graph, name: str, x: str, rows: int = D, bits: int = 8, output: str = "", **attributes: Any
-) -> str:
-    attributes = {"bits": bits, "block_size": BLOCK, "accuracy_level": 4, **attributes}
-    block = attributes["block_size"]
-    codes = graph.codes(f"{name}.codes", rows, D // block, block * bits // 8)
-    short = graph.floats(f"{name}.scales", rows, D // block, dtype=bfloat16)
-    scales = graph.add("Cast", short, output=f"{output or name}.scales.fp32", to=TensorProto.FLOAT)
-    return graph.add("MatMulNBits", x, codes, scales, output=output or name, K=D, N=rows, **attributes)
-
-
-def nibbles(graph: Graph, name: str, x: str) -> str:
-    return blocks(graph, name, x, bits=4)
-
-
-def half(graph: Graph, name: str, x: str) -> str:
-    weight = graph.floats(f"{name}.weight", D, D, dtype=np.float16)
-    return graph.add("FusedMatMul", x, graph.add("Cast", weight, to=TensorProto.FLOAT), output=name, transB=1)
-
-
-def lookup(graph: Graph, name: str, ids: str) -> str:
-    rows = graph.add("Cast", graph.add("Gather", f"{name}.codes", ids), to=TensorProto.FLOAT)
-    signed = graph.add("Sub", rows, graph.store("zero_of_codes", np.float32(128)))
-    short = graph.add("Unsqueeze", graph.add("Gather", f"{name}.scales", ids), graph.store("last", [-1]))
-    steps = graph.add("Cast", short, to=TensorProto.FLOAT)
-    return graph.add("Reshape", graph.add("Mul", signed, steps), graph.store("flat", [0, 0, D]), output=name)
-
-
-def head(graph: Graph, name: str, x: str) -> str:
-    return blocks(graph, name, x, rows=V, output="logits")
-
-
-CPU_PARTS: Mapping[str, Part] = {
-    "lookup": lookup,
-    "q": rounded_tokens,
-    "o": blocks,
-    "up": nibbles,
-    "down": half,
-    "head": head,
-}
-
-
-# The same for the target onnx.
-
-
-def numbers(graph: Graph, name: str, rows: int = D) -> str:
-    """What codes of 8 bits stand for: [N, K]."""
-    codes = graph.codes(f"{name}.codes", rows, D, dtype=np.int8)
-    step = graph.store("code_step", np.float32(2**-14))
-    return graph.add("DequantizeLinear", codes, step, output=f"{name}.dequantized")
-
-
-def behind(graph: Graph, name: str, x: str) -> str:
-    product = graph.add("MatMul", x, graph.add("Transpose", numbers(graph, name), perm=[1, 0]))
-    return graph.add("Mul", product, graph.floats(f"{name}.row_factors", D), output=name)
-
-
-def rounded(graph: Graph, name: str, x: str) -> str:
-    step = graph.store(f"{name}.activation_scale", np.float32(0.05))
-    zero = graph.store("zero", np.int8(0))
-    return behind(
-        graph, name, graph.add("DequantizeLinear", graph.add("QuantizeLinear", x, step, zero), step, zero)
-    )
-
-
-def nibbles_behind(graph: Graph, name: str, x: str) -> str:
-    array = graph.random.integers(-8, 8, D * D)
-    graph.initializers[f"{name}.codes"] = helper.make_tensor(f"{name}.codes", TensorProto.INT4, [D, D], array)
-    scales = graph.floats(f"{name}.scales", D, D // BLOCK)
-    weight = graph.add("DequantizeLinear", f"{name}.codes", scales, axis=1, block_size=BLOCK)
-    return graph.add("MatMul", x, graph.add("Transpose", weight, perm=[1, 0]), output=name)
-
-
-def half_behind(graph: Graph, name: str, x: str) -> str:
-    weight = graph.add("Cast", graph.floats(f"{name}.weight", D, D, dtype=np.float16), to=TensorProto.FLOAT)
-    return graph.add("MatMul", x, graph.add("Transpose", weight, perm=[1, 0]), output=name)
-
-
-def lookup_behind(graph: Graph, name: str, ids: str) -> str:
-    rows = graph.add("Gather", numbers(graph, name, rows=V), ids)
-    factors = graph.add("Gather", graph.floats(f"{name}.row_factors", V), ids)
-    steps = graph.add("Unsqueeze", factors, graph.store("last", [-1]))
-    return graph.add("Mul", rows, steps, output=name)
-
-
-def head_behind(graph: Graph, name: str, x: str) -> str:
-    product = graph.add("MatMul", x, graph.add("Transpose", f"{name}.dequantized", perm=[1, 0]))
-    return graph.add("Mul", product, f"{name}.row_factors", output="logits")
-
-
-ONNX_PARTS: Mapping[str, Part] = {
-    "lookup": lookup_behind,
-    "q": rounded,
-    "o": behind,
-    "up": nibbles_behind,
-    "down": half_behind,
-    "head": head_behind,
-}
-
-
-def write(folder: Path, parts: Mapping[str, Part]) -> Path:
-    graph = Graph()
-    x = parts["lookup"](graph, "embed_tokens", "input_ids")
-    for name in ("q", "o", "up", "down"):
-        x = parts[name](graph, f"layers.0.{name}", x)
-    parts["head"](graph, "embed_tokens", x)
-    return graph.save(folder)
+from gemma_export.graphs.storage import DATA_FILE
 
 
 def test_what_was_asked_for_on_a_cpu(tmp_path: Path) -> None:
@@ -431,74 +249,3 @@ def test_a_graph_that_onnxruntime_cannot_load(tmp_path: Path) -> None:
     (tmp_path / DATA_FILE).unlink()
     with pytest.raises(GraphError, match=r"onnxruntime .* cannot load the graph"):
         audit(graph, CPU, "cpu")
-
-
-# Graphs of the decoder, as the passes make them.
-
-CONFIG = small_config(num_layers=2)
-SMALL_BLOCKS = WeightFormat(8, 16)
-
-
-@pytest.fixture(scope="module")
-def traced() -> ir.Model:
-    return trace(CONFIG, 16)
-
-
-@pytest.fixture
-def canonical(traced: ir.Model) -> ir.Model:
-    model = traced.clone()
-    made = (output for node in model.graph for output in node.outputs)
-    for value in (*model.graph.inputs, *model.graph.initializers.values(), *made):
-        value.type = None if value.dtype is None else ir.TensorType(value.dtype)  # A clone shares it.
-    bind_weights(model, CONFIG, random_weights(CONFIG))
-    schedule.canonicalize(model)
-    return model
-
-
-def forms(table: LinearQuantization, *others: LinearQuantization) -> dict[str, LinearQuantization]:
-    """A form of every layer, in turn."""
-    parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    names = [f"layers.{layer}.{part}" for layer in range(CONFIG.num_layers) for part in parts]
-    return {"embed_tokens": table, **{name: others[i % len(others)] for i, name in enumerate(names)}}
-
-
-def test_the_decoder_on_a_cpu(canonical: ir.Model, tmp_path: Path) -> None:
-    w8 = replace(W8, format=SMALL_BLOCKS)
-    linears = forms(w8, TOKEN, w8, replace(W4, format=WeightFormat(4, 16)), FLOAT, TOKEN)
-    lower_group_query_attention(canonical)
-    quantize_linear(canonical, linears)
-    quantize_embedding(canonical, linears)
-    lower_linear(canonical)
-    remove_dead_code(canonical)
-    store_half(canonical, torch.float16)
-    write_model(canonical, tmp_path)
-    found = audit(tmp_path / GRAPH_FILE, linears, "cpu")
-    assert [tensor.form for tensor in found] == [how.form for how in linears.values()]
-    operators = {
-        "w8a8-token": "MatMulInteger",
-        "w8": "MatMulNBits",
-        "w4": "MatMulNBits",
-        "float": "FusedMatMul",
-    }
-    assert all(tensor.operator == operators[tensor.form] for tensor in found)
-    for name, how in linears.items():
-        with pytest.raises(GraphError, match=rf"{name} was to be"):
-            audit(tmp_path / GRAPH_FILE, {**linears, name: TOKEN if how.form != "w8a8-token" else w8}, "cpu")
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
-def test_the_decoder_in_standard_operators(canonical: ir.Model, tmp_path: Path, dtype: torch.dtype) -> None:
-    linears = forms(ROWS, TENSOR, ROWS, replace(W4, format=WeightFormat(4, 16)), FLOAT)
-    quantize_dequantize(canonical, Quantization({}, linears))
-    if dtype == torch.float16:
-        half_precision(canonical, dtype)
-    remove_dead_code(canonical)
-    write_model(canonical, tmp_path)
-    found = audit(tmp_path / GRAPH_FILE, linears, "onnx")
-    assert [tensor.bits for tensor in found if tensor.form == "float"] == [
-        8 * dtype.itemsize
-    ] * CONFIG.num_layers
-    assert {tensor.operator for tensor in found} == {"MatMul"}
-    for name, how in linears.items():
-        with pytest.raises(GraphError, match=rf"{name} was to be"):
-            audit(tmp_path / GRAPH_FILE, {**linears, name: ROWS if how.form != "w8" else TENSOR}, "onnx")

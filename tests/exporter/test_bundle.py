@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.folders import names
 
 from gemma_export.errors import BundleError, StorageError, UsageError
 from gemma_export.exporter.bundle import (
@@ -35,10 +36,6 @@ def build(output: Path, *, force: bool = False, name: str = "model") -> None:
     with new_bundle(output, force=force) as folder:
         (folder / "manifest.json").write_text(MANIFEST)
         (folder / name).write_text(name)
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_appears_when_it_is_finished(tmp_path: Path) -> None:

@@ -1,13 +1,12 @@
 """The lowering for onnxruntime's CUDA provider, and the twin that shows on a CPU what it says."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import decoder_feeds, run
+from support.graphs import MakeGraph, decoder_feeds, run
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import schedule, spec_cuda
@@ -19,7 +18,6 @@ from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.spec import MICROSOFT
 from gemma_export.graphs.storage import write_model
 
-MakeGraph = Callable[..., ir.Model]
 LAYERS, SLOTS = 2, 16
 HALVES = {torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16}
 

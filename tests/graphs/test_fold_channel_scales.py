@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import run
+from support.graphs import MakeGraph, run
 from support.quantized_tiny import relative_error, tiny_canonical, tiny_feeds, tiny_source
 from torch import Tensor
 
@@ -16,7 +16,6 @@ from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.store_half import store_half
 from gemma_export.graphs.tensors import InMemory, StreamedTensor, streamed
 
-MakeGraph = Callable[..., ir.Model]
 WIDTH, HIDDEN = 48, 32
 """Of the small graph's MLP and residual stream."""
 

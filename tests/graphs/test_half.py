@@ -1,28 +1,19 @@
 """Storing and computing in 16 bits."""
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import decoder_feeds, run
+from support.graphs import MakeGraph, canonical, decoder_feeds, run
 
 from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.half_precision import ALWAYS_FP32, half_precision
 from gemma_export.graphs.passes.store_half import store_half
 from gemma_export.graphs.tensors import streamed
 
-MakeGraph = Callable[..., ir.Model]
 FORMATS = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 LAYERS = 2
 MATRICES = 4 * LAYERS + 1
-
-
-def canonical(raw_graph: MakeGraph) -> ir.Model:
-    model = raw_graph()
-    schedule.canonicalize(model)
-    return model
 
 
 @FORMATS

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto
+from support.graphs import MakeGraph, canonical
 
 from gemma_export.calibration.scales import CacheScales
 from gemma_export.errors import BundleError, GraphError
@@ -23,7 +24,6 @@ from gemma_export.runtime.manifest import CacheScales as ManifestScales
 from gemma_export.runtime.session import load
 
 Array = npt.NDArray[np.float32]
-MakeGraph = Callable[..., ir.Model]
 
 LAYERS, HEAD_DIM, SLOTS = 2, 16, 16
 HEADS = pytest.mark.parametrize("heads", [1, 2, 4], ids=["MQA", "GQA", "MHA"])
@@ -45,12 +45,6 @@ def coarse(heads: int) -> list[CacheScales]:
         )
         for layer in range(LAYERS)
     ]
-
-
-def canonical(raw_graph: MakeGraph, heads: int) -> ir.Model:
-    model = raw_graph(heads)
-    schedule.canonicalize(model)
-    return model
 
 
 def lowered(raw_graph: MakeGraph, heads: int) -> ir.Model:

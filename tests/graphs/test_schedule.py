@@ -1,12 +1,10 @@
 """Every pass of every schedule: how often it fires, and that it changes no number."""
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import decoder_feeds, from_text, run, small_config
+from support.graphs import MakeGraph, decoder_feeds, from_text, run, small_config
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter.decoder import Decoder, rotary_tables
@@ -22,7 +20,6 @@ STEPS = {
 }
 """The steps of each schedule; every lowering begins after those of the canonical graph."""
 EACH_STEP = [(name, index) for name, steps in STEPS.items() for index in range(len(steps))]
-MakeGraph = Callable[..., ir.Model]
 
 # A pass may change the order of sums and nothing else: some 50 roundings of 2^-24 on values around 1.
 TOLERANCE = 5e-6

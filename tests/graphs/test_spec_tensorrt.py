@@ -5,6 +5,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 import pytest
 import torch
+from support.graphs import MakeGraph
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import schedule, spec, spec_tensorrt
@@ -12,7 +13,6 @@ from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.tensors import InMemory, add_initializer, streamed
 
-MakeGraph = Callable[..., ir.Model]
 Spoil = Callable[[ir.Graph], None]
 
 LAYERS = 2

@@ -1,12 +1,10 @@
 """The passes of TensorRT's schedule: what they make, that no number changes, and what they leave alone."""
 
-from collections.abc import Callable
-
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import decoder_feeds, from_text, run
+from support.graphs import MakeGraph, canonical, decoder_feeds, from_text, run
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import schedule
@@ -22,20 +20,12 @@ from gemma_export.graphs.passes.transpose_lookup import transpose_lookup
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.tensors import InMemory, StreamedTensor, streamed
 
-MakeGraph = Callable[..., ir.Model]
-
 LAYERS = 2
 ROWS = LinearQuantization("w8", WeightFormat(8))
 LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
 
 # As in test_schedule.py: a pass may change the order of sums and nothing else.
 TOLERANCE = 5e-6
-
-
-def canonical(raw_graph: MakeGraph) -> ir.Model:
-    model = raw_graph()
-    schedule.canonicalize(model)
-    return model
 
 
 def nodes(model: ir.Model, op_type: str) -> list[ir.Node]:

@@ -6,11 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
+from gemma_export.errors import CheckpointError
+from gemma_export.exporter.checkpoints.checkpoint import LazyTensor, open_checkpoint
 from gemma_export.exporter.config import GemmaConfig
 
+INDEX = "model.safetensors.index.json"
+SHARD = "model-00002-of-00003.safetensors"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 # Every size is different, so that no two weights can be taken for each other by shape.
@@ -176,3 +181,23 @@ def write_hub_cache(cache: Path, repository: str, folder: Path, revision: str = 
         file.rename(home / "blobs" / f"blob{number}")
         (snapshot / file.name).symlink_to(Path("..", "..", "blobs", f"blob{number}"))
     return snapshot
+
+
+def read_all(tensor: LazyTensor) -> torch.Tensor:
+    return tensor.read(0, tensor.shape[0])
+
+
+def assert_holds(checkpoint: Mapping[str, LazyTensor], state: Mapping[str, torch.Tensor]) -> None:
+    assert set(checkpoint) == set(state)
+    for name, expected in state.items():
+        tensor = checkpoint[name]
+        assert (tensor.name, tensor.shape, tensor.dtype) == (name, tuple(expected.shape), expected.dtype)
+        assert torch.equal(read_all(tensor), expected)
+
+
+def refused(path: Path, said: str) -> CheckpointError:
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(path)
+    assert said in caught.value.message
+    assert caught.value.hint
+    return caught.value

@@ -1,8 +1,9 @@
 """The command line as tests see it."""
 
 import json
+import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,13 @@ class Outcome:
         return [json.loads(line, parse_constant=_refuse) for line in self.out.splitlines()]
 
 
+Invoke = Callable[[Sequence[object]], Outcome]
+RunCli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+HEAVY = ("torch", "onnx", "onnxscript", "onnxruntime", "transformers", "matplotlib")
+"""What only some commands need."""
+
+
 # A job that a shell runs in the background ignores Ctrl-C, and so would whatever it starts.
 _AS_FROM_A_TERMINAL = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
 
@@ -29,6 +37,16 @@ def command(arguments: Sequence[object], prelude: str = "") -> list[str]:
     """What runs the command line in a process of its own, after some lines of Python."""
     script = f"{_AS_FROM_A_TERMINAL}\n{prelude}\nfrom gemma_export.exporter.cli import main\nmain()"
     return [sys.executable, "-c", script, *map(str, arguments)]
+
+
+def without(*packages: str) -> str:
+    """Lines of Python after which packages are not there."""
+    return f"import sys; sys.modules |= dict.fromkeys({packages!r})"
+
+
+def outcome_of(ended: "subprocess.CompletedProcess[str]") -> Outcome:
+    """What a process of its own did."""
+    return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
 
 def assert_refused(outcome: Outcome, code: int, *words: str) -> None:

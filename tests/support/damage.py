@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+Damage = Callable[[Path], object]
+"""Called with a folder."""
+
 
 def change_weights(checkpoint: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
     """Changes the tensors of a folder's `model.safetensors`."""
@@ -37,3 +40,8 @@ def cut(path: Path, missing: int) -> None:
     """Takes bytes off a file's end."""
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - missing)
+
+
+def remove(name: str) -> Damage:
+    """Takes a file away."""
+    return lambda folder: (folder / name).unlink()

@@ -1,5 +1,6 @@
 """Small graphs to run passes on: written as ONNX text, or traced from the real decoder."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import onnxruntime as ort
 import torch
 
 from gemma_export.exporter.config import GemmaConfig
+from gemma_export.graphs import schedule
 from gemma_export.graphs.tensors import InMemory, StreamedTensor
 
 Array = npt.NDArray[np.float32]
+MakeGraph = Callable[..., ir.Model]
+"""The fixture `raw_graph`."""
 
 HEADER = '<ir_version: 11, opset_import: ["" : 24]>\n'
 
@@ -40,6 +44,22 @@ def random_weights(config: GemmaConfig, seed: int = 0) -> dict[str, InMemory]:
         scale = 0.2 if len(shape) == 1 else shape[-1] ** -0.5
         weights[name] = InMemory(name, torch.randn(shape, generator=generator) * scale)
     return weights
+
+
+def cloned(model: ir.Model) -> ir.Model:
+    """A clone with types of its own: `clone` shares them, and passes change types."""
+    clone = model.clone()
+    made = (output for node in clone.graph for output in node.outputs)
+    for value in (*clone.graph.inputs, *clone.graph.initializers.values(), *made):
+        value.type = None if value.dtype is None else ir.TensorType(value.dtype)
+    return clone
+
+
+def canonical(raw_graph: MakeGraph, num_kv_heads: int = 1) -> ir.Model:
+    """The small decoder as the first passes leave it, whatever it is made for."""
+    model = raw_graph(num_kv_heads)
+    schedule.canonicalize(model)
+    return model
 
 
 def from_text(body: str, **weights: npt.ArrayLike) -> ir.Model:

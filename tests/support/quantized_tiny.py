@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 import torch
+from support.graphs import cloned
 from torch import Tensor, nn
 
 from gemma_export.exporter.decoder import Decoder, rotary_tables
@@ -37,10 +38,7 @@ def _traced() -> ir.Model:
 def tiny_canonical() -> ir.Model:
     """The canonical graph with the logits of all tokens."""
     source = tiny_source()
-    model = _traced().clone()
-    values = (*model.graph.inputs, *model.graph.initializers.values())
-    for value in (*values, *(output for node in model.graph for output in node.outputs)):
-        value.type = None if value.dtype is None else ir.TensorType(value.dtype)  # A clone shares them.
+    model = cloned(_traced())
     bind_weights(model, source.config, source.weights)
     schedule.canonicalize(model)
     return model
