@@ -49,7 +49,8 @@ def genai_config(
                 "num_attention_heads": config.num_query_heads,
                 "num_key_value_heads": config.num_kv_heads,
                 "num_hidden_layers": config.num_layers,
-                "session_options": {"provider_options": []},
+                # Errors are told. Of an input with a default, which it need not know, it would warn.
+                "session_options": {"log_severity_level": 3, "provider_options": []},
                 "inputs": {
                     "input_ids": "input_ids",
                     "position_ids": "position_ids",

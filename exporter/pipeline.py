@@ -39,6 +39,7 @@ from gemma_export.exporter.source import Source, requested_source
 from gemma_export.exporter.tokenizer.files import TokenizerFacts, write_tokenizer
 from gemma_export.exporter.trace import bind_weights, trace
 from gemma_export.graphs import schedule
+from gemma_export.graphs.passes.add_tail_logits import add_tail_logits
 from gemma_export.graphs.passes.quantize_cache import quantize_cache
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
 from gemma_export.runtime.manifest import (
@@ -197,6 +198,8 @@ def _lower(
         if request.kv_cache == "int8":
             assert plan is not None
             passes["quantize_cache"] = quantize_cache(model, plan.table.cache)
+        if request.target == "cpu" and request.logits == "last":
+            passes["add_tail_logits"] = add_tail_logits(model)
         facts |= {"nodes": len(model.graph), "passes": passes}
     return _Graph(model, passes, tuple(sorted(keep)))
 

@@ -18,6 +18,9 @@ Logits = npt.NDArray[np.float32]
 INPUT_IDS = "input_ids"
 POSITION_IDS = "position_ids"
 LOGITS = "logits"
+TAIL_START = "tail_start"
+TAIL_LOGITS = "tail_logits"
+"""Where a graph has them: an input with a default, from which token of a step on, and the logits of those."""
 
 
 def cache_names(num_layers: int) -> Iterator[tuple[str, str, str, str]]:
@@ -39,11 +42,16 @@ class Backend(Protocol):
         """Whether `run` gives the logits of the last token or of all."""
         ...
 
+    @property
+    def gives_tail(self) -> bool:
+        """Whether `run` gives the logits of as many of the last tokens as it is asked for."""
+        ...
+
     def new_cache(self, batch: int) -> KVCache:
         """An empty cache of `batch` rows where this backend can write it in place."""
         ...
 
-    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache) -> Logits:
+    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache, tail: int = 1) -> Logits:
         """Runs T tokens per row, writing their keys and values into their slots.
 
         Args:
@@ -51,10 +59,11 @@ class Backend(Protocol):
             position_ids: int64 [B, T], consecutive in a row, each below the cache's `max_length`.
             cache: A cache of B rows made by `new_cache`, or a row of one. Its lengths are not changed:
                 the caller advances them when it has what it came for.
+            tail: Of how many of the last tokens the logits are wanted: up to T; 1 unless `gives_tail`.
 
         Returns:
-            float32 [B, 1, V], the logits of the last token, or [B, T, V]. A buffer of the backend, good
-            until the next run over the same cache.
+            float32 [B, N, V], the logits of the last tokens: N is `tail`, or T where the graph gives all. A
+            buffer of the backend, good until the next run over the same cache.
 
         Raises:
             GemmaExportError: The run failed; the cache's slots below its lengths are as they were.

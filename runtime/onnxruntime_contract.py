@@ -4,7 +4,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from gemma_export.errors import BundleError
-from gemma_export.runtime.backend import INPUT_IDS, LOGITS, POSITION_IDS, cache_names
+from gemma_export.runtime.backend import (
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    TAIL_LOGITS,
+    TAIL_START,
+    cache_names,
+)
 from gemma_export.runtime.manifest import Manifest
 
 # onnxruntime's spelling of the types that a cache or the logits may have.
@@ -16,12 +23,15 @@ _ORT_TYPE = {
 }
 
 
-def check_contract(session: Any, manifest: Manifest) -> None:
+def check_contract(session: Any, manifest: Manifest) -> bool:
     """Refuses a graph whose inputs, outputs or caches are not those its manifest promises.
 
     Args:
         session: An `onnxruntime.InferenceSession`.
         manifest: What it must be.
+
+    Returns:
+        Whether it has the optional input and output for the logits of the last few tokens.
 
     Raises:
         BundleError: It is another.
@@ -29,6 +39,9 @@ def check_contract(session: Any, manifest: Manifest) -> None:
     names = list(cache_names(manifest.model.num_layers))
     wanted_inputs = {INPUT_IDS, POSITION_IDS, *(name for past in names for name in past[:2])}
     wanted_outputs = {LOGITS, *(name for present in names for name in present[2:])}
+    has_tail = TAIL_START in (value.name for value in session.get_overridable_initializers())
+    if has_tail:
+        wanted_outputs.add(TAIL_LOGITS)
     inputs = {value.name: value for value in session.get_inputs()}
     outputs = {value.name: value for value in session.get_outputs()}
     _check_names("inputs", wanted_inputs, inputs)
@@ -46,6 +59,9 @@ def check_contract(session: Any, manifest: Manifest) -> None:
     tokens = logits.shape[1]
     if (tokens == 1) != (graph.logits == "last"):
         raise _other_contract(f"it gives the logits of {tokens} tokens, the manifest says {graph.logits}")
+    if has_tail:
+        _check_tensor(outputs[TAIL_LOGITS], "float32", [None, None, model.vocab_size])
+    return has_tail
 
 
 def _check_scales(manifest: Manifest) -> None:

@@ -74,16 +74,18 @@ class CudaBackend(LoadedGraph):
             )
         super().__init__(session, bundle.manifest, "cuda")
 
-    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache) -> Logits:
+    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache, tail: int = 1) -> Logits:
         """As `Backend.run`; several tokens of several rows are run one row after the other.
 
         The operator that attends to the cache takes them so only (`graphs.passes.fix_total_length`).
         """
         if min(input_ids.shape) == 1:
-            return super().run(input_ids, position_ids, cache)
+            return super().run(input_ids, position_ids, cache, tail)
         run = super().run
-        rows = [run(input_ids[i : i + 1], position_ids[i : i + 1], cache.row(i)) for i in range(cache.batch)]
-        return np.concatenate(rows)
+        rows = [slice(i, i + 1) for i in range(cache.batch)]
+        return np.concatenate(
+            [run(input_ids[row], position_ids[row], cache.row(row.start), tail) for row in rows]
+        )
 
     def new_cache(self, batch: int) -> KVCache:
         """As `Backend.new_cache`; the memory is the device's.

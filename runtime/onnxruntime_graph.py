@@ -11,8 +11,17 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from gemma_export.errors import GemmaExportError, MissingDependencyError
-from gemma_export.runtime.backend import INPUT_IDS, LOGITS, POSITION_IDS, Ids, Logits, cache_names
-from gemma_export.runtime.kv_cache import Array, KVCache
+from gemma_export.runtime.backend import (
+    INPUT_IDS,
+    LOGITS,
+    POSITION_IDS,
+    TAIL_LOGITS,
+    TAIL_START,
+    Ids,
+    Logits,
+    cache_names,
+)
+from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.manifest import LogitsKind, Manifest
 from gemma_export.runtime.onnxruntime_contract import check_contract
 
@@ -47,7 +56,7 @@ class LoadedGraph:
     """
 
     def __init__(self, session: Any, manifest: Manifest, device: str) -> None:
-        check_contract(session, manifest)
+        self._has_tail = check_contract(session, manifest)
         self.manifest = manifest
         self.session = session
         self.device = device
@@ -58,23 +67,32 @@ class LoadedGraph:
         """As `Backend.logits`."""
         return self.manifest.graph.logits
 
-    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache) -> Logits:
+    @property
+    def gives_tail(self) -> bool:
+        """As `Backend.gives_tail`."""
+        return self._has_tail or self.logits == "all"
+
+    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache, tail: int = 1) -> Logits:
         """As `Backend.run`."""
         binding = self._bound.get(cache)
         if binding is None:
-            binding = self._bound[cache] = _Binding(self.session, self.manifest, self.device, cache)
-        return binding.run(input_ids, position_ids)
+            binding = _Binding(self.session, self.manifest, self.device, cache, has_tail=self._has_tail)
+            self._bound[cache] = binding
+        return binding.run(input_ids, position_ids, tail)
 
 
 class _Binding:
     """A cache bound to the graph, with the buffers of its steps; holds the cache's memory, not the cache."""
 
-    def __init__(self, session: Any, manifest: Manifest, device: str, cache: KVCache) -> None:
+    def __init__(
+        self, session: Any, manifest: Manifest, device: str, cache: KVCache, *, has_tail: bool
+    ) -> None:
         self._session = session
         self._device = device
         self._batch = cache.batch
         self._vocabulary = manifest.model.vocab_size
         self._all_logits = manifest.graph.logits == "all"
+        self._has_tail = has_tail
         self._binding = session.io_binding()
         # Memory that onnxruntime points into has to outlive the binding.
         self._memory: list[Any] = [*cache.key_buffers, *cache.value_buffers]
@@ -83,11 +101,11 @@ class _Binding:
             self._bind_cache(past_key, key, cache.key_buffers[layer], cache.dtype)
             self._bind_cache(past_value, value, cache.value_buffers[layer], cache.dtype)
         self._logits: Logits = np.empty((0, 0, 0), np.float32)
-        self._bind_step(1)
+        self._bind_step(1, 1)
 
-    def run(self, input_ids: Ids, position_ids: Ids) -> Logits:
-        if input_ids.shape[1] != self._tokens:
-            self._bind_step(input_ids.shape[1])
+    def run(self, input_ids: Ids, position_ids: Ids, tail: int) -> Logits:
+        if (input_ids.shape[1], tail) != self._step:
+            self._bind_step(input_ids.shape[1], tail)
         self._input_ids.update_inplace(np.ascontiguousarray(input_ids))
         self._position_ids.update_inplace(np.ascontiguousarray(position_ids))
         try:
@@ -104,21 +122,23 @@ class _Binding:
         self._binding.bind_input(past, *where)
         self._binding.bind_output(present, *where)
 
-    def _bind_step(self, tokens: int) -> None:
+    def _bind_step(self, tokens: int, tail: int) -> None:
         """Buffers for steps of `tokens` tokens per row; decoding sets them up once."""
-        self._tokens = tokens
-        self._input_ids = self._bind_ids(INPUT_IDS)
-        self._position_ids = self._bind_ids(POSITION_IDS)
-        shape = (self._batch, tokens if self._all_logits else 1, self._vocabulary)
+        self._step = (tokens, tail)
+        self._input_ids = self._bind_ids(INPUT_IDS, (self._batch, tokens))
+        self._position_ids = self._bind_ids(POSITION_IDS, (self._batch, tokens))
+        if self._has_tail:
+            start = ort.OrtValue.ortvalue_from_numpy(np.array([-tail], np.int64))
+            self._binding.bind_ortvalue_input(TAIL_START, start)
+        shape = (self._batch, tokens if self._all_logits else tail, self._vocabulary)
         if self._logits.shape != shape:
             self._logits = np.zeros(shape, np.float32)
             # On the host, wherever they are made.
             where = ("cpu", 0, ELEMENT_TYPE["float32"], shape, _address(self._logits))
-            self._binding.bind_output(LOGITS, *where)
+            self._binding.bind_output(TAIL_LOGITS if self._has_tail else LOGITS, *where)
 
-    def _bind_ids(self, name: str) -> Any:
-        ids: Array = np.zeros((self._batch, self._tokens), np.int64)
-        value = ort.OrtValue.ortvalue_from_numpy(ids, self._device, 0)
+    def _bind_ids(self, name: str, shape: tuple[int, int]) -> Any:
+        value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), self._device, 0)
         self._binding.bind_ortvalue_input(name, value)
         return value
 

@@ -193,11 +193,11 @@ class Session:
         """The logits after every token: float32 [T, V].
 
         Raises:
-            UsageError: The bundle was built for the last token's logits only.
+            UsageError: The bundle gives the last token's logits only.
             PromptError: There is no token, or one is outside the vocabulary.
             ContextFullError: They do not fit into the cache.
         """
-        if self._backend.logits != "all":
+        if not self._backend.gives_tail:
             raise UsageError(
                 "This bundle gives the logits of the last token only.", "Build it with `--logits all`."
             )
@@ -207,7 +207,7 @@ class Session:
         logits = np.empty((ids.size, self.manifest.model.vocab_size), np.float32)
         for start in range(0, ids.size, _LOGITS_CHUNK):
             block = ids[:, start : start + _LOGITS_CHUNK]
-            logits[start : start + block.size] = self._run(block, cache)[0]
+            logits[start : start + block.size] = self._run(block, cache, tail=block.size)[0]
         return logits
 
     def new_cache(self, batch: int = 1) -> KVCache:
@@ -245,9 +245,9 @@ class Session:
         cache.require(ids.shape[1])
         return self._run(ids, cache).copy()
 
-    def _run(self, ids: npt.NDArray[np.int64], cache: KVCache) -> Logits:
+    def _run(self, ids: npt.NDArray[np.int64], cache: KVCache, tail: int = 1) -> Logits:
         positions = cache.lengths[:, None] + np.arange(ids.shape[1], dtype=np.int64)
-        logits = self._backend.run(ids, positions, cache)
+        logits = self._backend.run(ids, positions, cache, tail)
         cache.advance(ids.shape[1])
         return logits
 

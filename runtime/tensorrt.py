@@ -62,6 +62,11 @@ class TensorRTBackend:
         """As `Backend.logits`."""
         return self._manifest.graph.logits
 
+    @property
+    def gives_tail(self) -> bool:
+        """As `Backend.gives_tail`."""
+        return self.logits == "all"
+
     def new_cache(self, batch: int) -> KVCache:
         """As `Backend.new_cache`; the memory is the device's, in one piece.
 
@@ -91,8 +96,11 @@ class TensorRTBackend:
         ]
         return KVCache(buffers[0::2], buffers[1::2], self._manifest.cache_dtype, np.zeros(batch, np.int64))
 
-    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache) -> Logits:
-        """As `Backend.run`; more tokens than the prefill profile holds are run in chunks."""
+    def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache, tail: int = 1) -> Logits:
+        """As `Backend.run`; more tokens than the prefill profile holds are run in chunks.
+
+        The engine decides of how many tokens it gives the logits, whatever `tail` is.
+        """
         batch, tokens = input_ids.shape
         logits = self._logits_of(cache, tokens if self.logits == "all" else 1)
         try:

@@ -101,7 +101,7 @@ def test_the_configuration_of_a_2b() -> None:
                 "num_attention_heads": 8,
                 "num_key_value_heads": 1,
                 "num_hidden_layers": 18,
-                "session_options": {"provider_options": []},
+                "session_options": {"log_severity_level": 3, "provider_options": []},
                 "inputs": {
                     "input_ids": "input_ids",
                     "position_ids": "position_ids",
