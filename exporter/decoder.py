@@ -4,7 +4,7 @@ What a generation adds, windows, soft-caps and norms, is in the configuration. T
 torch operators and used twice: traced, it is the source of every graph; run eagerly, layer by layer in fp32,
 it is the reference that bundles are held against.
 
-Symbols in the shape comments: B batch, T tokens, S cache slots, d hidden size, H query heads, K KV heads,
+Symbols in the shape comments: B batch, T tokens, S slots of a layer's cache, d hidden size, H query heads, K KV heads,
 G = H / K query heads per KV head, h head_dim, f width of one of gate and up, V vocabulary.
 
 Sources: Gemma report (arXiv 2403.08295) section 2; Gemma 2 report (arXiv 2408.00118) section 2;
@@ -55,9 +55,10 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def causal_mask(position_ids: Tensor, max_length: int, window: int | None = None) -> Tensor:
-    """Additive mask [B, 1, T, S]: 0 where position - window < slot <= position, a finite minimum elsewhere.
+    """Additive mask [B, 1, T, S] of a cache with a slot for every position: 0 where a query sees a slot.
 
-    Finite, so that a row can never become 0/0; a minimum of another dtype would turn to -inf in fp16.
+    It does where position - window < slot <= position; elsewhere stands a finite minimum. Finite, so that a
+    row can never become 0/0; a minimum of another dtype would turn to -inf in fp16.
 
     Args:
         position_ids: int64 [B, T].
@@ -72,11 +73,43 @@ def causal_mask(position_ids: Tensor, max_length: int, window: int | None = None
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
 
 
-def layer_masks(config: GemmaConfig, position_ids: Tensor, max_length: int) -> list[Tensor]:
-    """The mask of every layer [B, 1, T, S]; layers of one kind have one and the same."""
-    masks = {
-        window: causal_mask(position_ids, max_length, window) for window in dict.fromkeys(config.windows)
-    }
+def rolling_mask(position_ids: Tensor, slots: int, window: int) -> Tensor:
+    """Additive mask [B, 1, T, S] of a rolling cache, where position p lies in slot p mod S.
+
+    Of the positions that share a slot it holds the last that was written. A query sees it where a query
+    over all positions would, and never what was not written yet.
+
+    Args:
+        position_ids: int64 [B, T], consecutive in each row; they are written before the mask is used.
+        slots: S, at least window + T - 1: less, and a step would overwrite what its first query sees.
+        window: Tokens that are seen, the position's own among them.
+    """
+    slot = torch.arange(slots, device=position_ids.device)[None, None, None, :]
+    positions, last = position_ids[:, None, :, None], position_ids[:, None, -1:, None]
+    # Nothing negative is divided: runtimes do not agree on what remains of that.
+    held = last - (last + (slots - slot)) % slots  # [B, 1, 1, S]
+    visible = (held <= positions) & (held > positions - window) & (held >= 0)
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+
+
+def layer_masks(
+    config: GemmaConfig, position_ids: Tensor, max_length: int, rolling_slots: int | None = None
+) -> list[Tensor]:
+    """The mask of every layer [B, 1, T, S]; layers of one kind have one and the same.
+
+    Args:
+        config: Says which layers are local.
+        position_ids: int64 [B, T].
+        max_length: Positions there are, and slots of a layer that does not roll.
+        rolling_slots: Slots of a local layer, whose cache rolls; None where none does.
+    """
+
+    def mask(window: int | None) -> Tensor:
+        if window is None or rolling_slots is None:
+            return causal_mask(position_ids, max_length, window)
+        return rolling_mask(position_ids, rolling_slots, window)
+
+    masks = {window: mask(window) for window in dict.fromkeys(config.windows)}
     return [masks[window] for window in config.windows]
 
 
@@ -108,7 +141,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        position_ids: Tensor,
+        slots: Tensor,
         cos: Tensor,
         sin: Tensor,
         mask: Tensor,
@@ -119,9 +152,9 @@ class Attention(nn.Module):
         q = rotate(self._heads(self.q_proj(x), self.query_heads), cos, sin)  # [B, H, T, h]
         k = rotate(self._heads(self.k_proj(x), self.kv_heads), cos, sin)  # [B, K, T, h]
         v = self._heads(self.v_proj(x), self.kv_heads)
-        slots = position_ids[:, None, :, None].expand(k.shape)  # slot = position
-        key = key.scatter(2, slots, k)  # [B, K, S, h]
-        value = value.scatter(2, slots, v)
+        written = slots[:, None, :, None].expand(k.shape)
+        key = key.scatter(2, written, k)  # [B, K, S, h]
+        value = value.scatter(2, written, v)
         # The G query heads of one KV head follow each other, so folding them into the rows is a reshape.
         grouped = q.reshape(q.shape[0], self.kv_heads, -1, q.shape[2], self.head_dim)  # [B, K, G, T, h]
         scores = grouped @ key[:, :, None].transpose(-1, -2) * self.scale  # [B, K, G, T, S]
@@ -172,7 +205,7 @@ class DecoderLayer(nn.Module):
     def forward(
         self,
         x: Tensor,
-        position_ids: Tensor,
+        slots: Tensor,
         cos: Tensor,
         sin: Tensor,
         mask: Tensor,
@@ -183,7 +216,7 @@ class DecoderLayer(nn.Module):
 
         Args:
             x: Hidden states [B, T, d].
-            position_ids: int64 [B, T], consecutive in each row; also the cache slots written.
+            slots: int64 [B, T], consecutive in each row: the cache slots that are written.
             cos: Cosines of the positions' angles [B, 1, T, h/2].
             sin: Sines, likewise.
             mask: Additive mask [B, 1, T, S].
@@ -193,9 +226,7 @@ class DecoderLayer(nn.Module):
         Returns:
             Hidden states [B, T, d] and the two updated caches.
         """
-        attended, key, value = self.self_attn(
-            self.input_layernorm(x), position_ids, cos, sin, mask, key, value
-        )
+        attended, key, value = self.self_attn(self.input_layernorm(x), slots, cos, sin, mask, key, value)
         if not self.config.post_norms:
             x = x + attended
             return x + self.mlp(self.post_attention_layernorm(x)), key, value
@@ -208,16 +239,26 @@ class Decoder(nn.Module):
 
     Args:
         config: The shape.
-        max_length: S, the number of cache slots; the rotary tables have as many rows.
+        max_length: Positions there are: rows of the rotary tables, and slots of a cache that does not roll.
         all_logits: Whether the head reads every token or only the last.
+        rolling_slots: Slots of a local layer's cache, where position p lies in slot p modulo this; None
+            where every cache has a slot for each position.
     """
 
-    rotary_cos: Tensor  # [S, h/2]
-    rotary_sin: Tensor  # [S, h/2]
+    rotary_cos: Tensor  # [max_length, h/2]
+    rotary_sin: Tensor  # [max_length, h/2]
 
-    def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> None:
+    def __init__(
+        self,
+        config: GemmaConfig,
+        max_length: int,
+        *,
+        all_logits: bool = False,
+        rolling_slots: int | None = None,
+    ) -> None:
         super().__init__()
         self.config, self.max_length, self.all_logits = config, max_length, all_logits
+        self.rolling_slots = rolling_slots
         self.embedding_scale: float = config.hidden_size**0.5
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -233,15 +274,15 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: int64 [B, T].
-            position_ids: int64 [B, T], consecutive in each row, below S.
+            position_ids: int64 [B, T], consecutive in each row, below `max_length`. What they write into a
+                rolling cache must not go on at its first slot.
             past_key_values: key and value cache of each layer in turn, 2·layers tensors [B, K, S, h].
 
         Returns:
             Logits [B, 1, V], or [B, T, V] with `all_logits`, and the updated caches in the same order.
         """
-        masks = layer_masks(self.config, position_ids, self.max_length)
-        x, presents = self.run_layers(self.embed(input_ids), position_ids, masks, past_key_values)
-        return self.head(x), presents
+        states, presents = self.run_layers(self.embed(input_ids), position_ids, past_key_values)
+        return self.head(states[-1]), presents
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Scaled embeddings [B, T, d]."""
@@ -249,17 +290,21 @@ class Decoder(nn.Module):
         return embedded * self.embedding_scale
 
     def run_layers(
-        self, x: Tensor, position_ids: Tensor, masks: list[Tensor], past_key_values: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """All layers, each with its mask: hidden states [B, T, d] and the updated caches."""
+        self, x: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """All layers: hidden states [B, T, d] before the first and after each, and the updated caches."""
+        masks = layer_masks(self.config, position_ids, self.max_length, self.rolling_slots)
         cos = self.rotary_cos[position_ids][:, None]  # [B, 1, T, h/2]
         sin = self.rotary_sin[position_ids][:, None]
-        presents: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
+        rolled = position_ids if self.rolling_slots is None else position_ids % self.rolling_slots
+        states, presents = [x], list[Tensor]()
+        for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
+            slots = position_ids if window is None else rolled
             key, value = past_key_values[2 * i], past_key_values[2 * i + 1]
-            x, key, value = layer(x, position_ids, cos, sin, masks[i], key, value)
+            x, key, value = layer(states[-1], slots, cos, sin, masks[i], key, value)
+            states.append(x)
             presents += [key, value]
-        return x, presents
+        return states, presents
 
     def head(self, x: Tensor) -> Tensor:
         """Logits of the last token [B, 1, V], or of all with `all_logits`."""

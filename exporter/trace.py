@@ -1,7 +1,7 @@
 """Traces the decoder to an ONNX graph without allocating a weight.
 
-The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. One
-layer is traced and then repeated (`graphs.unroll`). What comes out is the RAW graph: plain operators, one
+The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. Its
+first layers, one of each kind at least, are traced and then repeated (`graphs.unroll`). What comes out is the RAW graph: plain operators, one
 node list for the whole model, initializers that are names and shapes only. `bind_weights` then gives each
 its streamed value.
 """
@@ -20,50 +20,46 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import Decoder, causal_mask, rotary_frequencies
+from gemma_export.exporter.decoder import Decoder, rotary_frequencies
 from gemma_export.graphs.tensors import RotaryTable, RowSource, StreamedTensor, in_format
-from gemma_export.graphs.unroll import LAYER_INPUT, LAYER_MASK, LAYER_OUTPUT, unroll
+from gemma_export.graphs.unroll import LAYER_EDGE, unroll
 
 OPSET = 24
 """The first opset with TensorScatter and with Attention over an explicit cache."""
 
 
-INPUTS = ["input_ids", "position_ids", "past_key_values.0.key", "past_key_values.0.value"]
-OUTPUTS = ["logits", "present.0.key", "present.0.value", LAYER_INPUT, LAYER_OUTPUT]
-
-
 class _MarkedDecoder(Decoder):
-    """A decoder's first layer, with what its others need: the residual stream around it, and every mask.
-
-    Args:
-        config: Of the whole decoder.
-        max_length: As the decoder's, likewise `all_logits`.
-    """
-
-    def __init__(self, config: GemmaConfig, max_length: int, *, all_logits: bool) -> None:
-        first = replace(config, num_layers=1, layer_kinds=config.layer_kinds[:1])
-        super().__init__(first, max_length, all_logits=all_logits)
-        self.windows = list(dict.fromkeys(config.windows))  # The first layer's is the first.
+    """A decoder's first layers, with the residual stream before and after each of them."""
 
     def forward(  # type: ignore[override]  # Traced, never called in the place of a decoder.
         self, input_ids: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
-    ) -> tuple[Tensor, list[Tensor], Tensor, Tensor, list[Tensor]]:
-        before = self.embed(input_ids)
-        masks = [causal_mask(position_ids, self.max_length, window) for window in self.windows]
-        after, presents = self.run_layers(before, position_ids, masks, past_key_values)
-        return self.head(after), presents, before, after, masks
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        states, presents = self.run_layers(self.embed(input_ids), position_ids, past_key_values)
+        return self.head(states[-1]), presents, states
 
 
-def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> ir.Model:
-    """The RAW graph of the decoder in fp32, with dynamic batch and token axes and S = `max_length` slots.
+def _templates(config: GemmaConfig) -> list[int]:
+    """For every layer the first of its kind: the one that it is a copy of."""
+    return [config.windows.index(window) for window in config.windows]
+
+
+def trace(
+    config: GemmaConfig, max_length: int, *, all_logits: bool = False, rolling_slots: int | None = None
+) -> ir.Model:
+    """The RAW graph of the decoder in fp32, with dynamic batch and token axes; arguments as the decoder's.
 
     Initializers have canonical names and no values.
     """
+    templates = _templates(config)
+    count = max(templates) + 1
+    first = replace(config, num_layers=count, layer_kinds=config.layer_kinds[:count])
+    parts = [f"{i}.{part}" for i in range(count) for part in ("key", "value")]
     with FakeTensorMode():
-        decoder = _MarkedDecoder(config, max_length, all_logits=all_logits).eval()
+        decoder = _MarkedDecoder(first, max_length, all_logits=all_logits, rolling_slots=rolling_slots).eval()
         # Sizes of 0 and 1 would be specialised away, so the example has two rows of three tokens.
         tokens = torch.zeros(2, 3, dtype=torch.int64)
-        cache = [torch.zeros(2, config.num_kv_heads, max_length, config.head_dim) for _ in range(2)]
+        slots = [max_length if window is None else rolling_slots or max_length for window in first.windows]
+        cache = [torch.zeros(2, config.num_kv_heads, size, config.head_dim) for size in slots for _ in "kv"]
         batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
         program = torch.export.export(
             decoder,
@@ -79,8 +75,12 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
                 optimize=False,
                 verify=False,
                 verbose=False,
-                input_names=INPUTS,
-                output_names=[*OUTPUTS, *(f"{LAYER_MASK}.{i}" for i in range(len(decoder.windows)))],
+                input_names=["input_ids", "position_ids", *(f"past_key_values.{part}" for part in parts)],
+                output_names=[
+                    "logits",
+                    *(f"present.{part}" for part in parts),
+                    *(f"{LAYER_EDGE}.{i}" for i in range(count + 1)),
+                ],
             )
     if exported is None:
         raise GraphError("The decoder could not be traced.", "This is a defect: please report it.")
@@ -89,7 +89,7 @@ def trace(config: GemmaConfig, max_length: int, *, all_logits: bool = False) -> 
         value.const_value = None  # A fake tensor: it has no values, and no optimizer may look for them.
     with _quiet_exporter():
         onnxscript.optimizer.optimize_ir(model)
-    unroll(model, [decoder.windows.index(window) for window in config.windows])
+    unroll(model, templates)
     _name_axes(model)
     model.producer_name = "gemma-export"
     return model
@@ -101,11 +101,11 @@ def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, Row
     Raises:
         GraphError: The graph has an initializer of another name or shape.
     """
-    slots, frequencies = _cache_slots(model), rotary_frequencies(config)
+    positions, frequencies = _positions(model), rotary_frequencies(config)
     values: dict[str, RowSource] = {
         **weights,
-        "rotary_cos": RotaryTable("rotary_cos", frequencies, slots, torch.cos),
-        "rotary_sin": RotaryTable("rotary_sin", frequencies, slots, torch.sin),
+        "rotary_cos": RotaryTable("rotary_cos", frequencies, positions, torch.cos),
+        "rotary_sin": RotaryTable("rotary_sin", frequencies, positions, torch.sin),
     }
     for name, value in model.graph.initializers.items():
         if value.const_value is not None:
@@ -120,12 +120,13 @@ def bind_weights(model: ir.Model, config: GemmaConfig, weights: Mapping[str, Row
         value.const_value = StreamedTensor(in_format(source, torch.float32), name=name)
 
 
-def _cache_slots(model: ir.Model) -> int:
-    shape = model.graph.inputs[2].shape
+def _positions(model: ir.Model) -> int:
+    """How many there are: a cache may have fewer slots."""
+    shape = model.graph.initializers["rotary_cos"].shape
     assert shape is not None
-    slots = shape[2]
-    assert isinstance(slots, int)
-    return slots
+    rows = shape[0]
+    assert isinstance(rows, int)
+    return rows
 
 
 def _name_axes(model: ir.Model) -> None:

@@ -107,6 +107,46 @@ def caches_are_written_straight(model: ir.Model) -> str | None:
     return None
 
 
+def caches_are_written_at_their_positions(model: ir.Model) -> str | None:
+    """Slot = position; of a cache shorter than the longest, position mod its own size, with a mask as wide."""
+    slots = [value.shape[2] for value in model.graph.inputs[2:] if value.shape is not None]
+    longest = max(size for size in slots if isinstance(size, int))
+    masks = _masks_by_cache(model)
+    for past, present, size in zip(model.graph.inputs[2:], model.graph.outputs[1:], slots, strict=True):
+        writer = present.producer()
+        if writer is None or writer.op_type != "TensorScatter":
+            continue
+        divisor = _divisor(writer.inputs[2])
+        if divisor != (None if size == longest and divisor is None else size):
+            return f"{past.name} of {size} slots is written at positions modulo {divisor or 'nothing'}"
+        mask = masks.get(present)
+        if mask is not None and mask.shape is not None and mask.shape[-1] != size:
+            return f"{past.name} has {size} slots, and its mask {mask.shape[-1]}"
+    return None
+
+
+def _masks_by_cache(model: ir.Model) -> dict[ir.Value, ir.Value | None]:
+    """The mask of the attention that reads each updated cache as it is."""
+    return {
+        cache: node.inputs[3]
+        for node in model.graph
+        if node.op_type == "Attention"
+        for cache in node.inputs[1:3]
+        if cache is not None
+    }
+
+
+def _divisor(index: ir.Value | None) -> int | None:
+    """What positions are divided by on their way to a write; None where they are not."""
+    node = None if index is None else index.producer()
+    if node is None:
+        return None
+    if node.op_type != "Mod":
+        return _divisor(node.inputs[0]) if node.inputs else None
+    size = node.inputs[1]
+    return None if size is None or size.const_value is None else int(size.const_value.numpy())
+
+
 def embedding_is_stored_once(model: ir.Model) -> str | None:
     """One table, read by the lookup and by the head, and no second initializer over the same rows."""
     lookups = [
@@ -314,6 +354,7 @@ CANONICAL = Spec(
         every_initializer_has_a_value,
         no_initializer_is_unused,
         caches_are_written_straight,
+        caches_are_written_at_their_positions,
         embedding_is_stored_once,
         fused_operators_are_all_there,
         attention_masks_are_explicit,

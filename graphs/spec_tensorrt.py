@@ -149,6 +149,7 @@ _RULES: tuple[spec.Rule, ...] = (
     masks_have_the_format_of_queries,
     operands_have_one_format,
     caches_are_scattered_in_place,
+    spec.caches_are_written_at_their_positions,
     weights_are_rows_behind_one_transpose,
     products_have_all_tokens_on_one_axis,
     products_get_an_axis_before_they_are_split,

@@ -1,13 +1,15 @@
 """A write into a cache at given positions becomes a TensorScatter at the first of them.
 
-    ScatterElements(cache, Expand(position_ids[:, None, :, None]), new, axis=2)
-        →  TensorScatter(cache, new, position_ids[:, 0], axis=-2, mode="linear")
+    ScatterElements(cache, Expand(slots[:, None, :, None]), new, axis=2)
+        →  TensorScatter(cache, new, slots[:, 0], axis=-2, mode="linear")
 
-A TensorScatter whose input and output share a buffer writes the new rows and nothing else.
+where slots is `position_ids`, or for a rolling cache of S slots `position_ids` mod S. A TensorScatter whose
+input and output share a buffer writes the new rows and nothing else. The mode that would wrap is not used,
+since TensorRT has none: whoever runs the graph ends a step where a rolling cache ends.
 
 Illegal when:
-  (1) the indices are not the graph's `position_ids`: only of those does the contract say that a row's
-      values are consecutive, which is what makes the first one enough;
+  (1) the indices are neither: only of `position_ids` does the contract say that a row's values are
+      consecutive, which is what makes the first one enough;
   (2) the write reduces (adds, multiplies) into the cache, or runs along another axis than the slots;
   (3) the cache is not a graph input.
 """
@@ -34,13 +36,22 @@ def _check(
     **_: Any,
 ) -> pattern.MatchResult:
     result = pattern.MatchResult()
-    if not positions.is_graph_input() or positions.name != "position_ids":
+    if not _are_slots(positions, cache):
         return result.fail("the indices are not position_ids, so they need not be consecutive", positions)
     if ints(heads_axis) != [1] or ints(last_axis) != [3]:
         return result.fail("the indices do not run along the slots", positions)
     if not cache.is_graph_input():
         return result.fail("what is written into is not a cache input", cache)
     return result
+
+
+def _are_slots(value: ir.Value, cache: ir.Value) -> bool:
+    """Whether a value is where the positions of a step lie in a cache."""
+    remainder = value.producer()
+    if remainder is not None and remainder.op_type == "Mod" and cache.shape is not None:
+        positions, size = remainder.inputs
+        return ints(size) == [cache.shape[2]] and positions is not None and _are_slots(positions, cache)
+    return value.is_graph_input() and value.name == "position_ids"
 
 
 def _replace(op: Any, cache: ir.Value, positions: ir.Value, new: ir.Value, **_: Any) -> Any:
