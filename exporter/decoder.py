@@ -4,8 +4,8 @@ What a generation adds, windows, soft-caps and norms, is in the configuration. T
 torch operators and used twice: traced, it is the source of every graph; run eagerly, layer by layer in fp32,
 it is the reference that bundles are held against.
 
-Symbols in the shape comments: B batch, T tokens, S slots of a layer's cache, d hidden size, H query heads, K KV heads,
-G = H / K query heads per KV head, h head_dim, f width of one of gate and up, V vocabulary.
+Symbols in the shape comments: B batch, T tokens, S slots of a layer's cache, d hidden size, H query heads,
+K KV heads, G = H / K query heads per KV head, h head_dim, f width of one of gate and up, V vocabulary.
 
 Sources: Gemma report (arXiv 2403.08295) section 2; Gemma 2 report (arXiv 2408.00118) section 2;
 google/gemma_pytorch `gemma/model.py`.

@@ -1,9 +1,9 @@
 """Traces the decoder to an ONNX graph without allocating a weight.
 
 The module is built and traced under a fake-tensor mode: every parameter has a shape and no storage. Its
-first layers, one of each kind at least, are traced and then repeated (`graphs.unroll`). What comes out is the RAW graph: plain operators, one
-node list for the whole model, initializers that are names and shapes only. `bind_weights` then gives each
-its streamed value.
+first layers, one of each kind at least, are traced and then repeated (`graphs.unroll`). What comes out is the
+RAW graph: plain operators, one node list for the whole model, initializers that are names and shapes only.
+`bind_weights` then gives each its streamed value.
 """
 
 import logging

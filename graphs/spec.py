@@ -108,7 +108,7 @@ def caches_are_written_straight(model: ir.Model) -> str | None:
 
 
 def caches_are_written_at_their_positions(model: ir.Model) -> str | None:
-    """Slot = position; of a cache shorter than the longest, position mod its own size, with a mask as wide."""
+    """Slot = position; in a cache shorter than the longest position mod its size, with a mask as wide."""
     slots = [value.shape[2] for value in model.graph.inputs[2:] if value.shape is not None]
     longest = max(size for size in slots if isinstance(size, int))
     masks = _masks_by_cache(model)

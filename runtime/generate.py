@@ -155,7 +155,7 @@ def prefill(backend: Backend, cache: KVCache, tokens: Sequence[int], chunk: int)
     Returns:
         float32 [V]: the logits of the last token, in a buffer of the backend.
     """
-    length = cache.length
+    length, chunk = cache.length, min(chunk, cache.longest_step)
     cache.require(len(tokens) - length)
     for start in range(length, len(tokens), chunk):
         ids = np.array([tokens[start : start + chunk]], np.int64)

@@ -11,7 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from gemma_export.errors import BundleError
+from gemma_export.runtime.kv_cache import layer_slots
 from gemma_export.runtime.parity import Budget
+from gemma_export.runtime.rolling import RollingCache
 from gemma_export.schema import MisshapenError, read_value
 
 FORMAT = "gemma-export-bundle"
@@ -74,7 +76,11 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class GraphInfo:
-    """The graph's file and its contract; `max_length` is the number of slots of a cache row."""
+    """The graph's file and its contract.
+
+    `max_length` is the number of slots of a cache row, but for the layers of a cache that rolls; `rolling` is
+    None where none does.
+    """
 
     file: str
     opset: int
@@ -84,6 +90,11 @@ class GraphInfo:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     passes: Mapping[str, int]
+    rolling: RollingCache | None = None
+
+    def layer_slots(self, num_layers: int) -> list[int]:
+        """Slots of a cache row in each layer."""
+        return layer_slots(num_layers, self.max_length, self.rolling)
 
 
 @dataclass(frozen=True)
@@ -275,6 +286,8 @@ class Manifest:
         _check_version(data.get("format_version"))
         data.setdefault("engines", [])  # Bundles were written before there were any.
         data.setdefault("budget", None)
+        if isinstance(data.get("graph"), dict):
+            data["graph"].setdefault("rolling", None)
         parity = data.get("parity")
         if isinstance(parity, dict):
             known = {field.name for field in fields(ParitySummary)}
@@ -319,6 +332,7 @@ def _check_numbers(manifest: Manifest) -> None:
     for place, size in sizes.items():
         if size < 1:
             raise BundleError(f"{MANIFEST_NAME}: {place} is {size}; it must be at least 1.", _REBUILD)
+    _check_rolling(manifest)
     ids = [("bos", tokens.bos), ("eos", tokens.eos), ("pad", tokens.pad)]
     for name, token in [*ids, *(("stop", token) for token in tokens.stop)]:
         if token >= model.vocab_size:
@@ -326,3 +340,22 @@ def _check_numbers(manifest: Manifest) -> None:
                 f"{MANIFEST_NAME}: tokens.{name} {token} is outside the vocabulary of {model.vocab_size}.",
                 _REBUILD,
             )
+
+
+def _check_rolling(manifest: Manifest) -> None:
+    """A cache that rolls must be long enough for its window, whatever is run."""
+    rolling = manifest.graph.rolling
+    if rolling is None:
+        return
+    layers = manifest.model.num_layers
+    outside = [layer for layer in rolling.layers if not 0 <= layer < layers]
+    needed = rolling.window + rolling.chunk - 1
+    wrong = {
+        f"layer {outside[:1]} is none of the {layers}": bool(outside),
+        f"chunk is {rolling.chunk}; it must be at least 1": rolling.chunk < 1,
+        f"window is {rolling.window}; it must be at least 1": rolling.window < 1,
+        f"{rolling.slots} slots are less than the {needed} of its window and a chunk": rolling.slots < needed,
+    }
+    for problem, found in wrong.items():
+        if found:
+            raise BundleError(f"{MANIFEST_NAME}: graph.rolling: {problem}.", _REBUILD)

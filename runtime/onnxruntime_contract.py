@@ -48,11 +48,11 @@ def check_contract(session: Any, manifest: Manifest) -> bool:
     _check_names("outputs", wanted_outputs, outputs)
     model, graph = manifest.model, manifest.graph
     _check_scales(manifest)
-    caches = {name for layer in names for name in layer}
-    for value in (*inputs.values(), *outputs.values()):
-        if value.name in caches:
-            dtype, shape = manifest.cache_dtype, [None, model.num_kv_heads, graph.max_length, model.head_dim]
-            _check_tensor(value, dtype, shape)
+    tensors = {value.name: value for value in (*inputs.values(), *outputs.values())}
+    for layer, slots in zip(names, graph.layer_slots(model.num_layers), strict=True):
+        for name in layer:
+            shape = [None, model.num_kv_heads, slots, model.head_dim]
+            _check_tensor(tensors[name], manifest.cache_dtype, shape)
     logits = outputs[LOGITS]
     _check_tensor(logits, "float32", [None, None, model.vocab_size])
     # The last token's logits are declared as 1, those of all tokens as a free dimension.

@@ -27,6 +27,7 @@ from gemma_export.runtime.generate import (
 from gemma_export.runtime.kv_cache import KVCache, check_room
 from gemma_export.runtime.manifest import Manifest
 from gemma_export.runtime.options import GenerationKeywords, GenerationOptions
+from gemma_export.runtime.rolling_backend import RollingBackend
 from gemma_export.runtime.tokenizer import BOS_PIECE, Tokenizer
 
 _LOGITS_CHUNK = 256  # tokens per run: [256, V] of float32 is 262 MB at V = 256,000
@@ -82,7 +83,7 @@ class Session:
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
-        self._backend = backend
+        self._backend = backend if bundle.manifest.graph.rolling is None else RollingBackend(backend)
         self.tokenizer = Tokenizer(bundle.file(TOKENIZER_NAME), self.manifest.model.vocab_size)
         if self.tokenizer.bos != self.manifest.tokens.bos:
             raise BundleError(

@@ -6,6 +6,7 @@ context, which takes the optimization profile that holds a step: prefill a row a
 
 import contextlib
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -76,25 +77,38 @@ class TensorRTBackend:
         """
         model, graph = self._manifest.model, self._manifest.graph
         dtype = STORAGE[self._manifest.cache_dtype]
-        shape = (batch, model.num_kv_heads, graph.max_length, model.head_dim)
-        row = int(np.prod(shape[1:])) * dtype.itemsize
-        if batch > 1 and row % ALIGNMENT:
+        shapes = [
+            (batch, model.num_kv_heads, slots, model.head_dim)
+            for slots in graph.layer_slots(model.num_layers)
+            for _ in ("key", "value")
+        ]
+        row_bytes = [int(np.prod(shape[1:])) * dtype.itemsize for shape in shapes]
+        uneven = next((row for row in row_bytes if row % ALIGNMENT), None)
+        if batch > 1 and uneven is not None:
             raise BundleError(
-                f"A row of the cache has {row} bytes, which is no multiple of {ALIGNMENT}: TensorRT can run "
-                "one row of this bundle only.",
-                f"Run one text at a time, or build the bundle with a --max-length that is a multiple of "
-                f"{ALIGNMENT}.",
+                f"A row of the cache has {uneven} bytes, which is no multiple of {ALIGNMENT}: TensorRT can "
+                "run one row of this bundle only.",
+                f"Run one text at a time, or build the bundle with a --max-length and a --prefill-chunk that "
+                f"are multiples of {ALIGNMENT}.",
             )
         rows = capacity(self._profiles, batch)
-        size = _aligned(rows * row)
+        sizes = [_aligned(rows * row) for row in row_bytes]
         what = f"a cache of {batch} row{'s' * (batch > 1)} of {graph.max_length} tokens"
-        memory = self._device.allocate(2 * model.num_layers * size, what)
+        memory = self._device.allocate(sum(sizes), what)
         self._device.clear(memory)
+        offsets = accumulate(sizes, initial=memory.address)
         buffers = [
-            DeviceArray(memory, memory.address + index * size, shape, dtype)
-            for index in range(2 * model.num_layers)
+            DeviceArray(memory, address, shape, dtype)
+            for address, shape in zip(offsets, shapes, strict=False)
         ]
-        return KVCache(buffers[0::2], buffers[1::2], self._manifest.cache_dtype, np.zeros(batch, np.int64))
+        return KVCache(
+            buffers[0::2],
+            buffers[1::2],
+            self._manifest.cache_dtype,
+            np.zeros(batch, np.int64),
+            max_length=graph.max_length,
+            rolling=graph.rolling,
+        )
 
     def run(self, input_ids: Ids, position_ids: Ids, cache: KVCache, tail: int = 1) -> Logits:
         """As `Backend.run`; more tokens than the prefill profile holds are run in chunks.
@@ -142,7 +156,6 @@ class TensorRTBackend:
         engine = self._engine
         if self._bound is None or self._bound.profile != launch.profile:
             engine.select_profile(launch.profile)
-        shape = (launch.padded, *buffers[0].shape[1:])
         for name, memory in ((INPUT_IDS, self._inputs.ids), (POSITION_IDS, self._inputs.positions)):
             engine.set_shape(name, (launch.padded, launch.tokens))
             engine.set_address(name, memory.address)
@@ -152,7 +165,7 @@ class TensorRTBackend:
                 (names[0], names[2], addresses[layer]),
                 (names[1], names[3], addresses[layers + layer]),
             ):
-                engine.set_shape(past, shape)
+                engine.set_shape(past, (launch.padded, *cache.key_buffers[layer].shape[1:]))
                 engine.set_address(past, address)
                 engine.set_address(present, address)
         engine.set_address(LOGITS, results.address)

@@ -37,14 +37,17 @@ def _check_profiles(engine: Engine, info: EngineInfo, manifest: Manifest) -> Non
     if engine.profiles != len(info.profiles):
         raise _other(info, f"it has {engine.profiles} profiles, not {len(info.profiles)}")
     model, graph = manifest.model, manifest.graph
-    first_past = next(cache_names(model.num_layers))[0]
+    slots = graph.layer_slots(model.num_layers)
+    pasts = {names[0]: size for names, size in zip(cache_names(model.num_layers), slots, strict=True)}
     for index, profile in enumerate(info.profiles):
         rows = [getattr(profile.batch, end) for end in ("min", "opt", "max")]
         tokens = [getattr(profile.tokens, end) for end in ("min", "opt", "max")]
-        slots = (model.num_kv_heads, graph.max_length, model.head_dim)
-        promised = {
+        promised: dict[str, tuple[tuple[int, ...], ...]] = {
             INPUT_IDS: tuple(zip(rows, tokens, strict=True)),
-            first_past: tuple((batch, *slots) for batch in rows),
+            **{
+                past: tuple((batch, model.num_kv_heads, size, model.head_dim) for batch in rows)
+                for past, size in pasts.items()
+            },
         }
         for name, shapes in promised.items():
             if (found := engine.profile_shapes(name, index)) != shapes:

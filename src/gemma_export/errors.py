@@ -71,6 +71,10 @@ class ContextFullError(GemmaExportError):
     """More tokens than the cache has slots; raised before any slot is overwritten."""
 
 
+class OverwrittenError(GemmaExportError):
+    """A rolling cache that is to go on from a position whose window it has overwritten."""
+
+
 class PromptError(UsageError):
     """A prompt that cannot be read or encoded."""
 
