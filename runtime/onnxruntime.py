@@ -73,6 +73,7 @@ class OnnxRuntimeBackend(LoadedGraph):
             head_dim=model.head_dim,
             dtype=self.manifest.cache_dtype,
             scales=self.manifest.cache_scales,
+            rolling=self.manifest.graph.rolling,
         )
 
 
