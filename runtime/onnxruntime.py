@@ -7,6 +7,7 @@ from gemma_export.errors import BundleError, UsageError
 from gemma_export.runtime.bundle import Bundle
 from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.manifest import Manifest
+from gemma_export.runtime.native import library
 from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, first_line, ort
 
 # Where a graph that is not a file finds its weights.
@@ -48,6 +49,9 @@ class OnnxRuntimeBackend(LoadedGraph):
         if not has_integer_dot_product():
             options.add_session_config_entry(_NO_SATURATION, "1")
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
+        kernels = library() if graph is None and bundle.manifest.target == "cpu" else None
+        if kernels is not None:
+            options.register_custom_ops_library(str(kernels))
         try:
             session = ort.InferenceSession(
                 graph or str(path),

@@ -1,13 +1,12 @@
 """The wheel, built from this tree as it is, and installed where only these tests look."""
 
 import shutil
-import subprocess
-import sys
 import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from support.wheels import build_wheel
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,35 +18,27 @@ def project() -> dict[str, object]:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy, so that nothing is left in the tree and nothing old is picked up."""
-    source, output = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree, so that nothing is left in it by a build and nothing old is picked up."""
+    folder = tmp_path_factory.mktemp("source")
+    made = shutil.ignore_patterns("__pycache__", "*.partial", "*.so")
     for path in ROOT.iterdir():
         if path.name.startswith(".") or path.name in ("build", "dist", "bundles", "tests"):
             continue
         if path.is_dir() and not path.name.endswith(".egg-info"):
-            shutil.copytree(
-                path, source / path.name, ignore=shutil.ignore_patterns("__pycache__", "*.partial")
-            )
+            shutil.copytree(path, folder / path.name, ignore=made)
         elif path.is_file():
-            shutil.copyfile(path, source / path.name)
+            shutil.copyfile(path, folder / path.name)
     # A test in the tree, to see that it stays out.
-    (source / "tests").mkdir()
-    (source / "tests" / "test_nothing.py").touch()
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(output),
-        str(source),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (built,) = output.glob("*.whl")
-    return built
+    (folder / "tests").mkdir()
+    (folder / "tests" / "test_nothing.py").touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, as this machine builds it."""
+    return build_wheel(source, tmp_path_factory.mktemp("wheel"))
 
 
 @pytest.fixture(scope="session")
