@@ -8,6 +8,7 @@ from gemma_export.runtime.backend import Backend
 from gemma_export.runtime.generate import (
     Generation,
     Row,
+    check_drafts,
     run_rows,
 )
 from gemma_export.runtime.kv_cache import check_room
@@ -113,11 +114,13 @@ class Conversation:
             PromptError: The text is empty or cannot be encoded.
             ContextFullError: The dialogue and this turn do not fit into the cache; nothing was run and the
                 dialogue is as it was.
+            UsageError: An option is out of range, or drafts are wanted that the bundle cannot verify.
         """
         settled = GenerationOptions.of(options, self._stop_tokens)
         opening = self._format.close_turn() if self._tokens else [self._tokenizer.bos]
         new = opening + self._format.user_turn(text)
         check_room(self._max_length, len(self._tokens), len(new))
+        check_drafts(self._backend, settled)
         if self._answer is not None:
             self._answer.close()
         self._tokens += new

@@ -1,7 +1,8 @@
-"""The generation loop: chunked prefill, then one token of every row per step, until each row ends.
+"""The generation loop: chunked prefill, then one step of all rows after the other, until each row ends.
 
 There is one loop, over rows: a single prompt is a batch of one. Every row is prefilled alone into its own
-row of the cache and decodes at its own position, so it gets what it would get alone.
+row of the cache and decodes at its own position, so it gets what it would get alone. A step gives one token
+of every row, and more where a row's draft holds (`runtime.speculation`).
 """
 
 import time
@@ -11,10 +12,12 @@ from typing import Literal
 
 import numpy as np
 
+from gemma_export.errors import UsageError
 from gemma_export.runtime.backend import Backend, Logits
 from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.options import GenerationOptions
 from gemma_export.runtime.sampling import Sampler
+from gemma_export.runtime.speculation import Drafter
 from gemma_export.runtime.text_stream import TextStream
 from gemma_export.runtime.tokenizer import Tokenizer
 
@@ -23,7 +26,7 @@ FinishReason = Literal["stop", "length", "context", "interrupted"]
 by an exception such as Ctrl-C."""
 
 Steps = Generator[None, None, None]
-"""Each `next` generates one more token."""
+"""Each `next` runs one more step."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,16 @@ class GenerationStats:
         prefill_seconds: Until the first new token was chosen.
         new_tokens: Tokens generated.
         decode_seconds: From the first new token to the last.
+        draft_tokens: Tokens that were drafted and verified.
+        accepted_tokens: How many of them held; each spared a step.
     """
 
     prefill_tokens: int
     prefill_seconds: float
     new_tokens: int
     decode_seconds: float
+    draft_tokens: int
+    accepted_tokens: int
 
     @property
     def decode_tokens_per_second(self) -> float:
@@ -76,9 +83,11 @@ class Row:
         self.tokens = tokens
         self.pieces: list[str] = []
         self.finish_reason: FinishReason | None = None
+        self.draft_tokens = self.accepted_tokens = 0
         self._new: list[int] = []
         self._options = options
         self._sampler = Sampler(options)
+        self._drafter = Drafter(tokens, options.draft_tokens)
         self._text = TextStream(tokenizer, options.stop)
         self._max_length = max_length
 
@@ -106,6 +115,33 @@ class Row:
         if self.finish_reason is not None:
             self._add_text(self._text.flush())
 
+    def draft(self, room: int) -> list[int]:
+        """What may follow the tokens, to be verified with the next step.
+
+        Args:
+            room: The most tokens that the step has a place for.
+        """
+        return self._drafter.draft(min(room, self._options.max_new_tokens - len(self._new) - 1))
+
+    def verify(self, draft: Sequence[int], logits: Logits) -> int:
+        """Takes the next token from each of the logits [N, V], as long as it is the draft's next one.
+
+        Args:
+            draft: The tokens that were run behind the last one, fewer than N.
+            logits: After the last token and after each of the draft.
+
+        Returns:
+            From how many of the logits a token was chosen: all before the last were the draft's.
+        """
+        used = 0
+        for used, drafted in enumerate((*draft, None), 1):
+            self.choose(logits[used - 1])
+            if self.finish_reason is not None or self.tokens[-1] != drafted:
+                break
+        self.draft_tokens += len(draft)
+        self.accepted_tokens += used - 1
+        return used
+
     def interrupt(self) -> None:
         """Ends the row where it stands, if it has not ended."""
         self.finish_reason = self.finish_reason or "interrupted"
@@ -122,7 +158,7 @@ class Row:
 def run_rows(
     backend: Backend, cache: KVCache, rows: Sequence[Row], chunk: int
 ) -> Generator[None, None, None]:
-    """Generates until every row has ended; each `next` gives one more token to one row or to all.
+    """Generates until every row has ended; each `next` runs one prefill, or one step of all rows.
 
     The cache's lengths grow only after a step is done, and a row's tokens never fall behind them: closing
     the generator or an exception in it leaves both in agreement.
@@ -139,14 +175,31 @@ def run_rows(
         yield
     while (active := np.array([row.finish_reason is None for row in rows])).any():
         # A row that has ended repeats its last step: the same token at the same position writes the same
-        # keys and values again.
+        # keys and values again. What stands behind a row's draft, in the step and in its cache, is scratch.
         positions = cache.lengths - ~active
-        ids = [row.tokens[position] for row, position in zip(rows, positions.tolist(), strict=True)]
-        logits = backend.run(np.array(ids, np.int64)[:, None], positions[:, None], cache)
-        cache.advance(active.astype(np.int64))
+        room = cache.max_length - 1 - int(positions.max())
+        drafts = [row.draft(room) if active[index] else [] for index, row in enumerate(rows)]
+        ids = np.zeros((len(rows), 1 + max(map(len, drafts))), np.int64)
+        for index, (row, position) in enumerate(zip(rows, positions.tolist(), strict=True)):
+            ids[index, : 1 + len(drafts[index])] = row.tokens[position], *drafts[index]
+        tokens = ids.shape[1]
+        logits = backend.run(ids, positions[:, None] + np.arange(tokens), cache, tokens)
         for index in np.flatnonzero(active).tolist():
-            rows[index].choose(logits[index, -1])
+            cache.lengths[index] += rows[index].verify(drafts[index], logits[index])
         yield
+
+
+def check_drafts(backend: Backend, options: GenerationOptions) -> None:
+    """Refuses drafts where nothing could verify them.
+
+    Raises:
+        UsageError: They are wanted, and the bundle gives the logits of the last token only.
+    """
+    if options.draft_tokens and not backend.gives_tail:
+        raise UsageError(
+            "This bundle gives the logits of the last token only, and a draft needs those of all its tokens.",
+            "Build it for --target cpu or with `--logits all`, or leave draft_tokens out.",
+        )
 
 
 def prefill(backend: Backend, cache: KVCache, tokens: Sequence[int], chunk: int) -> Logits:
@@ -217,8 +270,15 @@ class Generation:
     def stats(self) -> GenerationStats:
         """What it took."""
         self._finish()
-        new = len(self._row.new_tokens)
-        return GenerationStats(self._prefill_tokens, self._prefill_seconds, new, self._decode_seconds)
+        row = self._row
+        return GenerationStats(
+            prefill_tokens=self._prefill_tokens,
+            prefill_seconds=self._prefill_seconds,
+            new_tokens=len(row.new_tokens),
+            decode_seconds=self._decode_seconds,
+            draft_tokens=row.draft_tokens,
+            accepted_tokens=row.accepted_tokens,
+        )
 
     def close(self) -> None:
         """Ends it where it stands."""
@@ -230,7 +290,7 @@ class Generation:
             pass
 
     def _step(self) -> bool:
-        """Generates one more token; False where there is none."""
+        """Runs one more step; False where there is none."""
         if self._row.finish_reason is not None:
             return False
         first = not self._row.new_tokens

@@ -6,6 +6,7 @@ from typing import TypedDict
 
 from gemma_export.errors import UsageError
 from gemma_export.runtime.sampling import SamplingOptions
+from gemma_export.runtime.speculation import LONGEST_DRAFT
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,9 @@ class GenerationOptions(SamplingOptions):
         stop_tokens: Ids that end the text and are not part of it; None takes the bundle's, () none.
         prefill_chunk: The most tokens of a prompt that are run at once: more is faster and needs more
             memory for activations.
+        draft_tokens: The most tokens that are looked up in the text so far and verified in one step; 0: none.
+            The text is the same, up to tokens that are as good as equally likely: steps of several tokens
+            round in another order. Seven, in steps of eight, are what processors multiply best.
 
     Raises:
         UsageError: A value is out of range; the message names it.
@@ -27,6 +31,7 @@ class GenerationOptions(SamplingOptions):
     stop: Sequence[str] = ()
     stop_tokens: Sequence[int] | None = None
     prefill_chunk: int = 256
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,6 +39,10 @@ class GenerationOptions(SamplingOptions):
             raise UsageError(f"max_new_tokens is {self.max_new_tokens}.", "Use at least 1.")
         if self.prefill_chunk < 1:
             raise UsageError(f"prefill_chunk is {self.prefill_chunk}.", "Use at least 1.")
+        if not 0 <= self.draft_tokens <= LONGEST_DRAFT:
+            raise UsageError(
+                f"draft_tokens is {self.draft_tokens}.", f"Use 0 for none, or up to {LONGEST_DRAFT}."
+            )
         if isinstance(self.stop, str) or "" in self.stop:
             raise UsageError(f"stop is {self.stop!r}.", 'Give a list of strings that are not empty: ["###"].')
 
@@ -62,3 +71,4 @@ class GenerationKeywords(TypedDict, total=False):
     stop: Sequence[str]
     stop_tokens: Sequence[int] | None
     prefill_chunk: int
+    draft_tokens: int

@@ -22,6 +22,7 @@ from gemma_export.runtime.generate import (
     Completion,
     Generation,
     Row,
+    check_drafts,
     run_rows,
 )
 from gemma_export.runtime.kv_cache import KVCache, check_room
@@ -254,6 +255,7 @@ class Session:
 
     def _row(self, tokens: list[int], options: GenerationOptions) -> Row:
         check_room(self.max_length, 0, len(tokens))
+        check_drafts(self._backend, options)
         return Row(tokens, options, self.tokenizer, self.max_length)
 
     def _checked(self, tokens: npt.ArrayLike, dimensions: int = 1) -> npt.NDArray[np.int64]:

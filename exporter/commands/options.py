@@ -73,6 +73,9 @@ TopK = Annotated[int, typer.Option(help="Draw from the K likeliest tokens; 0 fro
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that make up P.")]
 Penalty = Annotated[float, typer.Option(help="Above 1, tokens that were used become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
+DraftTokens = Annotated[
+    int, typer.Option(help="Look up to N next tokens up in the text so far, and verify them in one step.")
+]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="A text to stop at; may be repeated.")]
 Text = Annotated[Path | None, typer.Option(help="Text to measure on; by default the project's own.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; by default one per core.")]

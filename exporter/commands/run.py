@@ -22,6 +22,7 @@ def generate(
     repetition_penalty: options.Penalty = 1.0,
     seed: options.Seed = None,
     stop: options.Stop = None,
+    draft_tokens: options.DraftTokens = 0,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -38,6 +39,7 @@ def generate(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop or ()),
+        draft_tokens=draft_tokens,
     )
     if as_json:
         write_json(
@@ -60,6 +62,7 @@ def chat(
     top_p: options.TopP = 1.0,
     repetition_penalty: options.Penalty = 1.0,
     seed: options.Seed = None,
+    draft_tokens: options.DraftTokens = 0,
     threads: options.Threads = None,
 ) -> None:
     """Talk with a model; each turn reads only what is new."""
@@ -84,6 +87,7 @@ def chat(
                 top_p=top_p,
                 repetition_penalty=repetition_penalty,
                 seed=seed,
+                draft_tokens=draft_tokens,
             )
             _stream(answer)
         except (ContextFullError, PromptError) as error:
@@ -101,9 +105,12 @@ def _stream(pieces: Any) -> None:
     sys.stdout.flush()
     if sys.stderr.isatty():
         stats = pieces.stats
+        drafts = (
+            f"{stats.accepted_tokens} of {stats.draft_tokens} drafted held, " if stats.draft_tokens else ""
+        )
         err.print(
             f"[dim]{stats.prefill_tokens} tokens read in {stats.prefill_seconds:.2f} s, {stats.new_tokens} "
-            f"written at {stats.decode_tokens_per_second:.1f} a second ({pieces.finish_reason})[/]",
+            f"written at {stats.decode_tokens_per_second:.1f} a second ({drafts}{pieces.finish_reason})[/]",
             highlight=False,
         )
 

@@ -1,7 +1,7 @@
 """For drafts that are verified in one step: the logits of its last tokens, on request.
 
-    Slice(x, [-1], …) → norm → head → logits [B, 1, V]
-        →  Slice(x, tail_start, …) → norm → head → tail_logits [B, N, V] → Slice(·, [-1], …) → logits [B, 1, V]
+    Slice(x, [-1]) → norm → head → logits [B, 1, V]
+        →  Slice(x, tail_start) → norm → head → tail_logits [B, N, V] → Slice(·, [-1]) → logits [B, 1, V]
 
 `tail_start` is an input with a default: -N asks for the last N tokens, and who does not know it gets the last
 one, as before. There is one head, so there is one copy of its weights.
