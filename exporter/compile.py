@@ -28,6 +28,7 @@ from gemma_export.exporter.engines.request import EngineRequest, Flavour, engine
 from gemma_export.exporter.schemes import scheme_for
 from gemma_export.runtime.bundle import Bundle, open_bundle
 from gemma_export.runtime.manifest import EngineInfo, Manifest
+from gemma_export.runtime.rolling import RollingCache
 
 COMPILED = ("onnx", "rtx", "tensorrt")
 """Targets whose graph TensorRT takes: they have one and the same."""
@@ -100,7 +101,9 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
         )
     scheme = scheme_for(flavour, manifest.precision, manifest.scheme)
     options.check(flavour, manifest.precision)
-    request = options.request(flavour, manifest.graph.max_length)
+    rolling = manifest.graph.rolling
+    _check_chunk(options, rolling)
+    request = options.request(flavour, manifest.graph.max_length if rolling is None else rolling.chunk)
     plan = MemoryPlan(
         config=_config(manifest),
         target=flavour,
@@ -110,11 +113,22 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
         rows=request.max_batch,
         chunk=request.prefill_chunk,
         all_logits=manifest.graph.logits == "all",
+        rolling=rolling,
     )
     check_memory(plan, options.known_device, options.memory)
     graph = manifest.graph
     check_compiler(request, bundle.path / graph.file, graph.inputs, graph.max_length)
     return request
+
+
+def _check_chunk(options: EngineOptions, rolling: RollingCache | None) -> None:
+    """Refuses a prefill chunk that caches which roll do not take at once."""
+    if rolling is not None and (options.prefill_chunk or 0) > rolling.chunk:
+        raise UsageError(
+            f"--prefill-chunk {options.prefill_chunk} is more than the {rolling.chunk} tokens that the "
+            "rolling cache of this bundle takes at once.",
+            f"Give at most {rolling.chunk}, or build the bundle with --local-cache full.",
+        )
 
 
 def _config(manifest: Manifest) -> GemmaConfig:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gemma_export.exporter.config import GemmaConfig
+from gemma_export.runtime.rolling import RollingCache
 
 
 class RMSNorm(nn.Module):
@@ -92,8 +93,19 @@ def rolling_mask(position_ids: Tensor, slots: int, window: int) -> Tensor:
     return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
 
 
+def written_slots(position_ids: Tensor, rolling: RollingCache) -> Tensor:
+    """The slots of a rolling cache that a step writes: position mod S, int64 [B, T].
+
+    Of a step of more tokens than it may have they lie outside of the cache, which no runtime writes: it
+    fails, instead of overwriting what the step's first query sees.
+    """
+    first, last = position_ids[:, :1], position_ids[:, -1:]
+    outside = torch.where(last - first >= rolling.chunk, rolling.slots, 0)  # [B, 1]
+    return position_ids % rolling.slots + outside
+
+
 def layer_masks(
-    config: GemmaConfig, position_ids: Tensor, max_length: int, rolling_slots: int | None = None
+    config: GemmaConfig, position_ids: Tensor, max_length: int, rolling: RollingCache | None = None
 ) -> list[Tensor]:
     """The mask of every layer [B, 1, T, S]; layers of one kind have one and the same.
 
@@ -101,13 +113,13 @@ def layer_masks(
         config: Says which layers are local.
         position_ids: int64 [B, T].
         max_length: Positions there are, and slots of a layer that does not roll.
-        rolling_slots: Slots of a local layer, whose cache rolls; None where none does.
+        rolling: The caches of the local layers, where they roll.
     """
 
     def mask(window: int | None) -> Tensor:
-        if window is None or rolling_slots is None:
+        if window is None or rolling is None:
             return causal_mask(position_ids, max_length, window)
-        return rolling_mask(position_ids, rolling_slots, window)
+        return rolling_mask(position_ids, rolling.slots, window)
 
     masks = {window: mask(window) for window in dict.fromkeys(config.windows)}
     return [masks[window] for window in config.windows]
@@ -241,8 +253,8 @@ class Decoder(nn.Module):
         config: The shape.
         max_length: Positions there are: rows of the rotary tables, and slots of a cache that does not roll.
         all_logits: Whether the head reads every token or only the last.
-        rolling_slots: Slots of a local layer's cache, where position p lies in slot p modulo this; None
-            where every cache has a slot for each position.
+        rolling: The caches of the local layers, where they roll; None where every cache has a slot for each
+            position.
     """
 
     rotary_cos: Tensor  # [max_length, h/2]
@@ -254,11 +266,11 @@ class Decoder(nn.Module):
         max_length: int,
         *,
         all_logits: bool = False,
-        rolling_slots: int | None = None,
+        rolling: RollingCache | None = None,
     ) -> None:
         super().__init__()
         self.config, self.max_length, self.all_logits = config, max_length, all_logits
-        self.rolling_slots = rolling_slots
+        self.rolling = rolling
         self.embedding_scale: float = config.hidden_size**0.5
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
@@ -293,10 +305,10 @@ class Decoder(nn.Module):
         self, x: Tensor, position_ids: Tensor, past_key_values: list[Tensor]
     ) -> tuple[list[Tensor], list[Tensor]]:
         """All layers: hidden states [B, T, d] before the first and after each, and the updated caches."""
-        masks = layer_masks(self.config, position_ids, self.max_length, self.rolling_slots)
+        masks = layer_masks(self.config, position_ids, self.max_length, self.rolling)
         cos = self.rotary_cos[position_ids][:, None]  # [B, 1, T, h/2]
         sin = self.rotary_sin[position_ids][:, None]
-        rolled = position_ids if self.rolling_slots is None else position_ids % self.rolling_slots
+        rolled = position_ids if self.rolling is None else written_slots(position_ids, self.rolling)
         states, presents = [x], list[Tensor]()
         for i, (layer, window) in enumerate(zip(self.layers, self.config.windows, strict=True)):
             slots = position_ids if window is None else rolled

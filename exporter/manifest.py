@@ -14,6 +14,7 @@ from gemma_export.exporter.source import Source
 from gemma_export.exporter.tokenizer.files import TokenizerFacts
 from gemma_export.exporter.trace import OPSET
 from gemma_export.graphs.storage import GRAPH_FILE, StoredFile
+from gemma_export.runtime.kv_cache import layer_slots
 from gemma_export.runtime.manifest import (
     ByteCounts,
     CacheScales,
@@ -52,7 +53,7 @@ def make_manifest(
     Args:
         request: What was asked for.
         source: The model.
-        slots: Of a row of the cache.
+        slots: Of a row of the cache, where it does not roll.
         model: The graph as it was written.
         passes: How often each pass fired.
         kept: Names that stay in fp32.
@@ -64,7 +65,9 @@ def make_manifest(
     """
     config, scheme = source.config, request.scheme
     files = {name: FileEntry(file.size, file.sha256) for name, file in stored.items()}
-    cache = 2 * config.num_layers * config.num_kv_heads * slots * config.head_dim
+    rolling = request.rolling_cache(config)
+    total_slots = sum(layer_slots(config.num_layers, slots, rolling))
+    cache = 2 * config.num_kv_heads * total_slots * config.head_dim
     weights = sum(_bytes(value) for value in model.graph.initializers.values())
     tables = sum(
         _bytes(value) for name, value in model.graph.initializers.items() if name.startswith("rotary_")
@@ -105,6 +108,7 @@ def make_manifest(
             inputs=tuple(_tensor_spec(value) for value in model.graph.inputs),
             outputs=tuple(_tensor_spec(value) for value in model.graph.outputs),
             passes=passes,
+            rolling=rolling,
         ),
         tokens=TokenIds(tokens.bos, tokens.eos, tokens.pad, tokens.stop_ids),
         bytes=ByteCounts(

@@ -42,6 +42,7 @@ from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.add_tail_logits import add_tail_logits
 from gemma_export.graphs.passes.quantize_cache import quantize_cache
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
+from gemma_export.runtime.kv_cache import layer_slots
 from gemma_export.runtime.manifest import (
     Manifest,
     ParitySummary,
@@ -94,12 +95,15 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         slots = request.cache_slots(source.config)
         output = request.output_folder(source.config)
         check_replaceable(output, force=request.force)
+        rolling = request.rolling_cache(source.config)
         engines = _plan_engines(request, source, slots)
         facts |= {
             "source": source.checkpoint.source,
             "form": source.checkpoint.form,
             "model": source.config.name,
         }
+        if rolling is not None:
+            facts["cache saved"] = f"{rolling.saved_per_row:,} bytes per row"
     with new_bundle(output, force=request.force) as folder:
         with events.stage(listener, "tokenizer") as facts:
             tokens = _write_configurations(source, slots, folder)
@@ -182,7 +186,8 @@ def _lower(
 ) -> _Graph:
     scheme = request.scheme
     with events.stage(listener, "trace") as facts:
-        model = trace(source.config, slots, all_logits=request.logits == "all")
+        all_logits, rolling = request.logits == "all", request.rolling_cache(source.config)
+        model = trace(source.config, slots, all_logits=all_logits, rolling=rolling)
         facts["nodes"] = len(model.graph)
     with events.stage(listener, "passes") as facts:
         bind_weights(model, source.config, source.weights)
@@ -215,6 +220,7 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
     engines = request.engine_request(source.config)
     if engines is None:
         return None
+    rolling = request.rolling_cache(source.config)
     plan = MemoryPlan(
         config=source.config,
         target=request.target,
@@ -225,6 +231,7 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
         chunk=engines.prefill_chunk,
         block=request.block,
         all_logits=request.logits == "all",
+        rolling=rolling,
     )
     check_memory(plan, request.engines.known_device, request.engines.memory)
     # Only a build with engines loads what compiles them.
@@ -232,7 +239,8 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
     from gemma_export.exporter.engines.profiles import decoder_inputs
 
     shape = source.config
-    inputs = decoder_inputs(shape.num_layers, shape.num_kv_heads, slots, shape.head_dim, request.scheme.cache)
+    each = layer_slots(shape.num_layers, slots, rolling)
+    inputs = decoder_inputs(each, shape.num_kv_heads, shape.head_dim, request.scheme.cache)
     check_compiler(engines, Path(GRAPH_FILE), inputs, slots)
     return engines
 

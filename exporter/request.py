@@ -5,11 +5,12 @@ read.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 from gemma_export.errors import UsageError
+from gemma_export.exporter.cache_layout import rolling_cache
 from gemma_export.exporter.calibration_request import OBSERVERS, CalibrationRequest, Observer
 from gemma_export.exporter.config import SIZES, GemmaConfig
 from gemma_export.exporter.engines.options import EngineOptions
@@ -25,9 +26,12 @@ from gemma_export.exporter.schemes import (
     StorageType,
     scheme_for,
 )
+from gemma_export.runtime.kv_cache import STORAGE
+from gemma_export.runtime.rolling import RollingCache
 
 __all__ = [
     "CACHE_KINDS",
+    "LOCAL_CACHES",
     "LOGITS",
     "OBSERVERS",
     "PARITY_LEVELS",
@@ -40,6 +44,7 @@ __all__ = [
     "CalibrationRequest",
     "EngineOptions",
     "FloatType",
+    "LocalCache",
     "Observer",
     "ParityLevel",
     "Products",
@@ -49,9 +54,13 @@ __all__ = [
 ]
 
 CacheKind = Literal["float", "int8"]
+LocalCache = Literal["full", "rolling"]
 ParityLevel = Literal["none", "quick", "full"]
 
 CACHE_KINDS: tuple[CacheKind, ...] = get_args(CacheKind)
+LOCAL_CACHES: tuple[LocalCache, ...] = get_args(LocalCache)
+ROLLING_TARGETS = ("onnx", "rtx", "tensorrt")
+"""Targets whose attention has a mask over slots; the others' counts them from the first."""
 PARITY_LEVELS: tuple[ParityLevel, ...] = ("none", "quick", "full")
 LOGITS = ("last", "all")
 
@@ -74,6 +83,7 @@ class BuildRequest:
         scales: A file that `gemma-export calibrate` wrote, instead of a calibration.
         no_calibration: Take the scales from the weights alone, and read no text.
         kv_cache: Whether the cache has the scheme's format, or 8 bits.
+        local_cache: Whether local layers have a slot for every position, or for their window only.
         max_kl: Keep the layers in 16 bits that a mean KL of at most this needs; None keeps none.
         max_perplexity_increase: Likewise for the perplexity, in percent.
         max_length: Slots of the cache; None takes the model's context length, at most 8192.
@@ -98,6 +108,7 @@ class BuildRequest:
     scales: Path | None = None
     no_calibration: bool = False
     kv_cache: CacheKind = "float"
+    local_cache: LocalCache = "full"
     max_kl: float | None = None
     max_perplexity_increase: float | None = None
     max_length: int | None = None
@@ -145,6 +156,7 @@ class BuildRequest:
                 "Leave one of them out: what is not measured cannot fail.",
             )
         _check_cache(self)
+        _check_local_cache(self)
         _check_calibration(self)
         _check_budgets(self)
         self.engines.check(self.target, self.precision)
@@ -160,6 +172,19 @@ class BuildRequest:
     def cache_dtype(self) -> CacheType:
         """Format of the KV cache."""
         return "int8" if self.kv_cache == "int8" else self.scheme.cache
+
+    def rolling_cache(self, config: GemmaConfig) -> RollingCache | None:
+        """The caches of local layers, where they are to roll; None where every position has its slot.
+
+        Raises:
+            UsageError: The cache is longer than what the model was trained for, or would not be shorter.
+        """
+        slots = self.cache_slots(config)
+        if self.local_cache == "full":
+            return None
+        # Without local layers there is none to roll, which is refused where there is more to say of it.
+        chunk = self.engines.chunk(min(slots, config.sliding_window or slots))
+        return rolling_cache(config, slots, chunk, STORAGE[self.cache_dtype].itemsize)
 
     @property
     def calibrated(self) -> bool:
@@ -197,7 +222,9 @@ class BuildRequest:
                 f"{config.name} caps its attention scores, and TensorRT's attention has no soft-cap.",
                 f"Engines are built of Gemma 1; build {config.name} with --target cpu or --target onnx.",
             )
-        return self.engines.request(flavour, self.cache_slots(config))
+        rolling = self.rolling_cache(config)
+        request = self.engines.request(flavour, self.cache_slots(config))
+        return request if rolling is None else replace(request, prefill_chunk=rolling.chunk)
 
     def output_folder(self, config: GemmaConfig) -> Path:
         """Where the bundle goes."""
@@ -233,6 +260,18 @@ def _check_cache(request: BuildRequest) -> None:
         raise UsageError(
             f"A cache of 8 bits goes with quantized weights, and {request.precision} has none.",
             "Add --precision int8 or int4, or leave --kv-cache out.",
+        )
+
+
+def _check_local_cache(request: BuildRequest) -> None:
+    if request.local_cache not in LOCAL_CACHES:
+        raise UsageError(f"--local-cache {request.local_cache} is not a choice.", "Choose full or rolling.")
+    if request.local_cache == "rolling" and request.target not in ROLLING_TARGETS:
+        raise UsageError(
+            f"A rolling cache cannot be built for the target {request.target}, whose attention counts slots "
+            "from the first.",
+            f"Leave --local-cache out, or take --target {', '.join(ROLLING_TARGETS[:-1])} or "
+            f"{ROLLING_TARGETS[-1]}.",
         )
 
 

@@ -21,6 +21,7 @@ from gemma_export.exporter.events import Event, Note, StageFinished, StageProgre
 from gemma_export.exporter.parity.page_quantized import cache_line
 from gemma_export.exporter.parity.report import ParityReport, json_values
 from gemma_export.runtime.bundle import Manifest
+from gemma_export.runtime.rolling import RollingCache
 
 _EVENT_NAMES = {StageStarted: "started", StageProgress: "progress", StageFinished: "finished", Note: "note"}
 MOST_KEPT = 12
@@ -110,6 +111,15 @@ class JsonLines:
         """Nothing is left to do."""
 
 
+def _rolling(rolling: RollingCache | None) -> str:
+    if rolling is None:
+        return ""
+    return (
+        f", {_bytes(rolling.saved_per_row)} less for {len(rolling.layers)} local layers that keep "
+        f"{rolling.slots:,} tokens and take {rolling.chunk:,} at once"
+    )
+
+
 def bundle_table(manifest: Manifest) -> Table:
     """What a bundle is and what it costs, for people."""
     model, graph = manifest.model, manifest.graph
@@ -127,7 +137,7 @@ def bundle_table(manifest: Manifest) -> Table:
         f"logits of the {_logits(graph.logits)}",
         "on disk": _bytes(sum(file.size for file in manifest.files.values())),
         "read per token": f"{_bytes(manifest.bytes.per_token)} of weights",
-        "cache per row": _bytes(manifest.bytes.cache_per_row),
+        "cache per row": _bytes(manifest.bytes.cache_per_row) + _rolling(graph.rolling),
         "kept in fp32": ", ".join(manifest.fp32_tensors) or "nothing beyond the norms",
         "checkpoint": f"{manifest.checkpoint.form}: {manifest.checkpoint.source or 'unknown'}",
         "parity": parity_line(manifest),

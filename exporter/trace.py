@@ -23,6 +23,8 @@ from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import Decoder, rotary_frequencies
 from gemma_export.graphs.tensors import RotaryTable, RowSource, StreamedTensor, in_format
 from gemma_export.graphs.unroll import LAYER_EDGE, unroll
+from gemma_export.runtime.kv_cache import layer_slots
+from gemma_export.runtime.rolling import RollingCache
 
 OPSET = 24
 """The first opset with TensorScatter and with Attention over an explicit cache."""
@@ -44,7 +46,11 @@ def _templates(config: GemmaConfig) -> list[int]:
 
 
 def trace(
-    config: GemmaConfig, max_length: int, *, all_logits: bool = False, rolling_slots: int | None = None
+    config: GemmaConfig,
+    max_length: int,
+    *,
+    all_logits: bool = False,
+    rolling: RollingCache | None = None,
 ) -> ir.Model:
     """The RAW graph of the decoder in fp32, with dynamic batch and token axes; arguments as the decoder's.
 
@@ -55,10 +61,10 @@ def trace(
     first = replace(config, num_layers=count, layer_kinds=config.layer_kinds[:count])
     parts = [f"{i}.{part}" for i in range(count) for part in ("key", "value")]
     with FakeTensorMode():
-        decoder = _MarkedDecoder(first, max_length, all_logits=all_logits, rolling_slots=rolling_slots).eval()
+        decoder = _MarkedDecoder(first, max_length, all_logits=all_logits, rolling=rolling).eval()
         # Sizes of 0 and 1 would be specialised away, so the example has two rows of three tokens.
         tokens = torch.zeros(2, 3, dtype=torch.int64)
-        slots = [max_length if window is None else rolling_slots or max_length for window in first.windows]
+        slots = layer_slots(count, max_length, rolling)
         cache = [torch.zeros(2, config.num_kv_heads, size, config.head_dim) for size in slots for _ in "kv"]
         batch, length = torch.export.Dim("batch"), torch.export.Dim("tokens")
         program = torch.export.export(

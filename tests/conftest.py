@@ -102,17 +102,18 @@ def _build(output: Path, **options: Any) -> Path:
 def _share_traces(monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma_export.exporter import pipeline
 
-    def shared(config: Any, max_length: int, *, all_logits: bool = False) -> Any:
-        return _clone(_trace(config, max_length, all_logits))  # Passes change a graph in place.
+    def shared(config: Any, max_length: int, **options: Any) -> Any:
+        # Passes change a graph in place.
+        return _clone(_trace(config, max_length, tuple(sorted(options.items()))))
 
     monkeypatch.setattr(pipeline, "trace", shared)
 
 
 @cache
-def _trace(config: Any, max_length: int, all_logits: bool) -> Any:
+def _trace(config: Any, max_length: int, options: tuple[tuple[str, Any], ...]) -> Any:
     from gemma_export.exporter.trace import trace
 
-    return trace(config, max_length, all_logits=all_logits)
+    return trace(config, max_length, **dict(options))
 
 
 def _clone(model: Any) -> Any:

@@ -8,6 +8,7 @@ import typer
 from gemma_export.exporter.config import SIZES
 from gemma_export.exporter.engines.request import Flavour
 from gemma_export.exporter.request import CacheKind, ParityLevel
+from gemma_export.exporter.request import LocalCache as LocalCacheKind
 from gemma_export.exporter.request import Observer as ObserverName
 from gemma_export.runtime.manifest import LogitsKind
 
@@ -41,6 +42,9 @@ NoCalibration = Annotated[
     bool, typer.Option("--no-calibration", help="Scales from the weights alone; read no text.")
 ]
 Cache = Annotated[CacheKind, typer.Option(help="As the precision has it, or 8 bits.")]
+LocalCache = Annotated[
+    LocalCacheKind, typer.Option(help="Local layers keep every position, or their window only.")
+]
 MaxKl = Annotated[
     float | None, typer.Option(help="Keep layers in 16 bits, so that the mean KL is at most this.")
 ]

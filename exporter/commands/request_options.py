@@ -110,9 +110,13 @@ def layers_kept(
     return {"max_kl": max_kl, "max_perplexity_increase": max_perplexity_increase}
 
 
-def graph(max_length: options.MaxLength = None, logits: options.Logits = "last") -> Fields:
+def graph(
+    max_length: options.MaxLength = None,
+    logits: options.Logits = "last",
+    local_cache: options.LocalCache = "full",
+) -> Fields:
     """What the graph takes and gives."""
-    return {"max_length": max_length, "logits": logits}
+    return {"max_length": max_length, "logits": logits, "local_cache": local_cache}
 
 
 def gate(

@@ -29,6 +29,8 @@ from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.engines.devices import DEVICES, GIB, Device
 from gemma_export.exporter.engines.request import RTX_SMS
 from gemma_export.exporter.schemes import PRECISIONS, SCHEMES, Scheme
+from gemma_export.runtime.kv_cache import layer_slots
+from gemma_export.runtime.rolling import RollingCache
 
 _HALF, _FLOAT = 2, 4
 _WORKSPACE = 8 << 20
@@ -52,6 +54,7 @@ class MemoryPlan:
         rows: The most that decode together.
         chunk: The most tokens of a row that are run at once.
         all_logits: Whether the logits of all tokens are computed.
+        rolling: Which caches roll; None where each has `slots`.
     """
 
     config: GemmaConfig
@@ -63,6 +66,7 @@ class MemoryPlan:
     chunk: int = 512
     block: int | None = None
     all_logits: bool = False
+    rolling: RollingCache | None = None
 
     @property
     def weights(self) -> int:
@@ -74,7 +78,8 @@ class MemoryPlan:
     def cache(self) -> int:
         """Bytes of keys and values of all rows."""
         c = self.config
-        return 2 * c.num_layers * c.num_kv_heads * self.slots * c.head_dim * self.rows * _HALF
+        slots = sum(min(size, self.slots) for size in layer_slots(c.num_layers, self.slots, self.rolling))
+        return 2 * slots * c.num_kv_heads * c.head_dim * self.rows * _HALF
 
     @property
     def activations(self) -> int:

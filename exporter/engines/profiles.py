@@ -71,12 +71,16 @@ def profiles_for(request: EngineRequest, slots: int) -> tuple[Profile, ...]:
     return tuple(profiles)
 
 
-def decoder_inputs(layers: int, kv_heads: int, slots: int, head_dim: int, dtype: str) -> list[TensorSpec]:
-    """The inputs that the graph of such a decoder has; `dtype` is its cache's."""
-    caches = [name for names in cache_names(layers) for name in names[:2]]
+def decoder_inputs(slots: Sequence[int], kv_heads: int, head_dim: int, dtype: str) -> list[TensorSpec]:
+    """The inputs that the graph of such a decoder has: `slots` are each layer's, `dtype` is its cache's."""
+    layers = zip(cache_names(len(slots)), slots, strict=True)
     return [
         *(TensorSpec(name, "int64", ("B", "T")) for name in (INPUT_IDS, POSITION_IDS)),
-        *(TensorSpec(name, dtype, ("B", kv_heads, slots, head_dim)) for name in caches),
+        *(
+            TensorSpec(name, dtype, ("B", kv_heads, size, head_dim))
+            for names, size in layers
+            for name in names[:2]
+        ),
     ]
 
 

@@ -130,6 +130,8 @@ class LogitsComparison:
 
 
 class _Cache(Protocol):
+    def positions(self, layer: int) -> range: ...
+
     def keys(self, layer: int) -> Array: ...
 
     def values(self, layer: int) -> Array: ...
@@ -148,14 +150,23 @@ class CacheComparison:
         self._sums = np.zeros((len(run.cache), 2, 4))
 
     def add(self, sequence: int, cache: _Cache, positions: Sequence[int]) -> None:
-        """Takes a bundle's cache of one row that holds the whole sequence."""
+        """Takes a bundle's cache of one row after the whole sequence.
+
+        Args:
+            sequence: Which of the reference's it is.
+            cache: The bundle's; of a layer that rolls only the last positions are there to be compared.
+            positions: Those that the reference has kept of the sequence.
+        """
         for layer in range(len(self._sums)):
+            held = cache.positions(layer)
+            there = [i for i, position in enumerate(positions) if position in held]
+            places = [positions[i] - held.start for i in there]
             pairs = (
-                (self._run.keys(layer, sequence), cache.keys(layer)),
-                (self._run.values(layer, sequence), cache.values(layer)),
+                (self._run.keys(layer, sequence)[:, there], cache.keys(layer)),
+                (self._run.values(layer, sequence)[:, there], cache.values(layer)),
             )
             for part, (reference, filled) in enumerate(pairs):
-                bundle = filled[0][:, positions].astype(np.float32)  # [K, n, h]
+                bundle = filled[0][:, places].astype(np.float32)  # [K, n, h]
                 with np.errstate(invalid="ignore", over="ignore"):
                     difference = bundle - reference
                     largest = np.abs(difference).max(), np.abs(reference).max()

@@ -78,7 +78,8 @@ def check_parity(
         decode: Makes text of tokens, so that the report can show it.
         subject: What is measured, for people.
         budget: What to judge by; None takes the precision's.
-        window: Tokens that a local layer sees; None without such layers.
+        window: Tokens that a local layer sees, or that its cache keeps where that rolls; None without
+            such layers.
         on_event: Told how many tokens of all have been run, both sides counted.
 
     Returns:

@@ -14,7 +14,7 @@ from gemma_export.calibration.range_audit import RangeAudit
 from gemma_export.calibration.text import Passage, builtin_texts, read_texts
 from gemma_export.errors import CheckpointError, UsageError
 from gemma_export.exporter import events
-from gemma_export.exporter.config import SHIPPED
+from gemma_export.exporter.config import SHIPPED, GemmaConfig
 from gemma_export.exporter.parity.budget import budget_of
 from gemma_export.exporter.parity.gate import GateReference, check_parity
 from gemma_export.exporter.parity.reference import Reference
@@ -82,8 +82,7 @@ def measure_parity(folder: Path, source: Source, *, level: Level, listener: even
     """Holds a bundle against the source it was built from, on the project's own texts."""
     reference = Reference(source.config, source.weights)
     session = measurable_session(folder)
-    window = source.config.sliding_window
-    return _measure(session, reference, builtin_texts(), level, source.config.name, window, listener)
+    return _measure(session, reference, builtin_texts(), level, source.config.name, source.config, listener)
 
 
 def measure_bundle(
@@ -118,8 +117,7 @@ def measure_bundle(
             listener(events.Note("This is not the checkpoint that the bundle was built from."))
     against = _reference(reference, source)
     session = measurable_session(opened.path)
-    window = source.config.sliding_window
-    return _measure(session, against, passages, level, str(bundle), window, listener)
+    return _measure(session, against, passages, level, str(bundle), source.config, listener)
 
 
 def _measure(
@@ -128,10 +126,11 @@ def _measure(
     passages: Sequence[Passage],
     level: Level,
     subject: str,
-    window: int | None,
+    config: GemmaConfig,
     listener: events.Listener,
 ) -> ParityReport:
     manifest = session.manifest
+    rolling = manifest.graph.rolling
     with events.stage(listener, "parity") as facts:
         report = check_parity(
             session,
@@ -145,7 +144,7 @@ def _measure(
             decode=session.tokenizer.decode,
             subject=f"{subject}, {manifest.precision} for {manifest.target}{_how(manifest)}",
             budget=budget_of(manifest),
-            window=window,
+            window=config.sliding_window if rolling is None else rolling.slots,
             on_event=listener,
         )
         report = replace(report, quantized=what_is_quantized(manifest))

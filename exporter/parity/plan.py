@@ -87,7 +87,8 @@ def make_plan(
 ) -> Plan:
     """The plan for some texts.
 
-    A wrong window shows beyond it only, so at every level one sequence goes there, where the cache does.
+    A wrong window shows beyond it only, and a cache that rolls wrongly where it has begun again, so at every
+    level one sequence goes there, where the cache does.
 
     Args:
         level: How much.
@@ -95,7 +96,8 @@ def make_plan(
         names: What to call each.
         max_length: Slots of the cache.
         bos: The beginning-of-sequence token.
-        window: Tokens that a local layer sees; None without such layers.
+        window: Tokens that a local layer sees, or that its cache keeps where that rolls; None without
+            such layers.
 
     Raises:
         ValueError: There is no text, or one does not begin with `bos`: without it no figure means anything.

@@ -20,12 +20,16 @@ from gemma_export.exporter.parity.report import Phase
 class GateCache(Protocol):
     """What the gate asks of a bundle's cache."""
 
+    def positions(self, layer: int) -> range:
+        """The n positions that a layer holds: all, or the last of them."""
+        ...
+
     def keys(self, layer: int) -> npt.NDArray[Any]:
-        """The filled keys of a layer [1, K, length, h]."""
+        """The keys of a layer at its positions [1, K, n, h]."""
         ...
 
     def values(self, layer: int) -> npt.NDArray[Any]:
-        """The filled values of a layer [1, K, length, h]."""
+        """The values of a layer at its positions [1, K, n, h]."""
         ...
 
 

@@ -3,9 +3,9 @@
     ScatterElements(cache, Expand(slots[:, None, :, None]), new, axis=2)
         →  TensorScatter(cache, new, slots[:, 0], axis=-2, mode="linear")
 
-where slots is `position_ids`, or for a rolling cache of S slots `position_ids` mod S. A TensorScatter whose
-input and output share a buffer writes the new rows and nothing else. The mode that would wrap is not used,
-since TensorRT has none: whoever runs the graph ends a step where a rolling cache ends.
+where slots is `position_ids`, or for a rolling cache of S slots `position_ids` mod S, plus one number for
+each row. A TensorScatter whose input and output share a buffer writes the new rows and nothing else. The mode
+that would wrap is not used, since TensorRT has none: who runs the graph ends a step where the cache ends.
 
 Illegal when:
   (1) the indices are neither: only of `position_ids` does the contract say that a row's values are
@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript.rewriter import pattern
 
-from gemma_export.graphs.passes.patterns import apply, ints
+from gemma_export.graphs.passes.patterns import apply, ints, last_dim
 
 
 def _write(op: Any, cache: Any, positions: Any, heads_axis: Any, last_axis: Any, shape: Any, new: Any) -> Any:
@@ -47,11 +47,16 @@ def _check(
 
 def _are_slots(value: ir.Value, cache: ir.Value) -> bool:
     """Whether a value is where the positions of a step lie in a cache."""
-    remainder = value.producer()
-    if remainder is not None and remainder.op_type == "Mod" and cache.shape is not None:
-        positions, size = remainder.inputs
-        return ints(size) == [cache.shape[2]] and positions is not None and _are_slots(positions, cache)
-    return value.is_graph_input() and value.name == "position_ids"
+    node = value.producer()
+    if node is None:
+        return value.is_graph_input() and value.name == "position_ids"
+    slots, other = (*node.inputs, None)[:2]
+    if slots is None or other is None:
+        return False
+    if node.op_type == "Add":
+        return last_dim(other) == 1 and _are_slots(slots, cache)
+    sizes = cache.shape[2:3] if cache.shape is not None else ()
+    return node.op_type == "Mod" and ints(other) == list(sizes) and _are_slots(slots, cache)
 
 
 def _replace(op: Any, cache: ir.Value, positions: ir.Value, new: ir.Value, **_: Any) -> Any:

@@ -22,7 +22,7 @@ def test_one_row_alone_has_two_profiles_and_more_rows_a_third() -> None:
 def test_a_models_inputs_are_those_of_its_graph(engine_graph) -> None:  # type: ignore[no-untyped-def]
     graph: Written = engine_graph("fp16")
     found = read_graph(graph.file).inputs
-    expected = decoder_inputs(2, 1, SLOTS, 128, "float16")
+    expected = decoder_inputs([SLOTS, SLOTS], 1, 128, "float16")
     free = [tuple(size if isinstance(size, int) else "free" for size in spec.shape) for spec in found]
     assert [spec.name for spec in found] == [spec.name for spec in expected]
     assert free == [tuple(s if isinstance(s, int) else "free" for s in spec.shape) for spec in expected]
@@ -31,7 +31,7 @@ def test_a_models_inputs_are_those_of_its_graph(engine_graph) -> None:  # type: 
 
 
 def test_trtexec_gets_every_input_of_every_profile() -> None:
-    inputs = decoder_inputs(1, 2, 32, 4, "float16")
+    inputs = decoder_inputs([32], 2, 4, "float16")
     profiles = profiles_for(EngineRequest("tensorrt", max_batch=2, prefill_chunk=8), 32)
     command = trtexec_command(Path("my model.onnx"), inputs, profiles, Path("model.engine"))
     words = shlex.split(command)

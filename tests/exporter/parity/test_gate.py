@@ -54,6 +54,9 @@ class FakeCache:
         shape = (1, CONFIG.num_kv_heads, slots, CONFIG.head_dim)
         self.tensors = [torch.zeros(shape) for _ in range(2 * CONFIG.num_layers)]
 
+    def positions(self, layer):
+        return range(self.length)
+
     def keys(self, layer):
         return self.tensors[2 * layer][:, :, : self.length].numpy()
 
