@@ -177,7 +177,7 @@ def run_rows(
         # A row that has ended repeats its last step: the same token at the same position writes the same
         # keys and values again. What stands behind a row's draft, in the step and in its cache, is scratch.
         positions = cache.lengths - ~active
-        room = cache.max_length - 1 - int(positions.max())
+        room = min(cache.max_length - int(positions.max()), cache.longest_step) - 1
         drafts = [row.draft(room) if active[index] else [] for index, row in enumerate(rows)]
         ids = np.zeros((len(rows), 1 + max(map(len, drafts))), np.int64)
         for index, (row, position) in enumerate(zip(rows, positions.tolist(), strict=True)):
