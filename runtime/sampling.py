@@ -18,6 +18,8 @@ Logits = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 Probabilities = npt.NDArray[np.float64]
 
+_BLOCK = 512
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -79,8 +81,9 @@ class Sampler:
             logits = penalize(logits, history, options.repetition_penalty)
         if options.temperature == 0:
             return greedy(logits)
-        ids, probabilities = distribution(logits, options)
-        return int(ids[draw(probabilities, self._random.random())])
+        ids, weights = _weights(logits, options)
+        index = draw(weights, self._random.random())
+        return index if ids is None else int(ids[index])
 
 
 def greedy(logits: Logits) -> int:
@@ -96,9 +99,9 @@ def greedy(logits: Logits) -> int:
 
 def penalize(logits: Logits, history: Sequence[int], penalty: float) -> Logits:
     """A copy of the logits [V] with the tokens of `history` made less likely (more, below 1), once each."""
-    seen = np.unique(np.asarray(history, np.int64))
+    seen = np.asarray(history, np.int64)  # What is there twice is given the same score twice.
     penalized = logits.copy()
-    score = penalized[seen]
+    score = logits[seen]
     penalized[seen] = np.where(score < 0, score * np.float32(penalty), score / np.float32(penalty))
     return penalized
 
@@ -116,48 +119,72 @@ def distribution(logits: Logits, options: SamplingOptions) -> tuple[Ids, Probabi
     Raises:
         GemmaExportError: A logit is not a finite number.
     """
+    ids, weights = _weights(logits, options)
+    return np.arange(len(logits)) if ids is None else ids, weights / weights.sum()
+
+
+def draw(weights: Probabilities, uniform: float) -> int:
+    """The index that a uniform number in [0, 1) falls on: in blocks first, then in one of them."""
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), _BLOCK))
+    block, rest = _fall(sums, uniform * sums.sum())
+    start = block * _BLOCK
+    return start + _fall(weights[start : start + _BLOCK], rest)[0]
+
+
+def _weights(logits: Logits, options: SamplingOptions) -> tuple[Ids | None, Probabilities]:
+    """The tokens that may be drawn (None: all) and what their probabilities are multiples of.
+
+    Over a whole vocabulary it writes in place: fresh memory would cost more than the arithmetic.
+    """
     largest = logits.max()
     _check_number(largest)
-    ids = _largest(logits, options.top_k or len(logits))
-    weights = np.exp((logits[ids].astype(np.float64) - largest) / options.temperature)
-    probabilities = weights / weights.sum()
+    ids: Ids | None = None
+    if 0 < options.top_k < len(logits):
+        ids = np.flatnonzero(logits >= np.partition(logits, -options.top_k)[-options.top_k])
+        logits = logits[ids]
+    weights = logits.astype(np.float64)
+    weights -= largest
+    weights /= options.temperature
+    np.exp(weights, out=weights)
     if options.top_p < 1:
-        kept = _nucleus(probabilities, options.top_p)
-        ids, probabilities = ids[kept], probabilities[kept]
-        probabilities = probabilities / probabilities.sum()
-    return ids, probabilities
+        kept = _nucleus(weights, options.top_p)
+        ids, weights = kept if ids is None else ids[kept], weights[kept]
+    return ids, weights
 
 
-def draw(probabilities: Probabilities, uniform: float) -> int:
-    """The index that a uniform number in [0, 1) falls on, by the cumulated probabilities."""
-    cumulated = probabilities.cumsum()
-    # Scaled by what the sum came to, so that rounding leaves no gap behind the last one.
-    return int(np.searchsorted(cumulated, uniform * cumulated[-1], side="right"))
+def _fall(parts: Probabilities, number: float) -> tuple[int, float]:
+    """The part that a number between 0 and their sum falls into, and how far; one of size 0 is never hit."""
+    ends = parts.cumsum()
+    # Of what rounding leaves behind the last end, the last part takes care.
+    part = min(int(np.searchsorted(ends, number, side="right")), int(np.flatnonzero(parts)[-1]))
+    return part, number - (ends[part] - parts[part])
 
 
-def _largest(scores: npt.NDArray[Any], count: int) -> Ids:
-    """The indices of the `count` largest scores and of all equal to the smallest of them, ascending."""
-    if count >= len(scores):
-        return np.arange(len(scores))
-    threshold = np.partition(scores, -count)[-count]
-    return np.flatnonzero(scores >= threshold)
-
-
-def _nucleus(probabilities: Probabilities, top_p: float) -> Ids:
-    """Indices of the fewest largest probabilities that sum to `top_p`, the lower index first among equals.
+def _nucleus(weights: Probabilities, top_p: float) -> Ids:
+    """Indices of the fewest largest weights that make up `top_p` of all, the lower index first among equals.
 
     A nucleus is mostly small: look among the 64 largest first, and among eight times as many until they
-    hold it.
+    hold it. Only numbers are sorted; indices follow from the smallest that is in.
     """
+    total = weights.sum()
+    # What is smaller than this makes up less than the rest, all of it together (half: for the rounding).
+    numbers = weights[weights > (1 - top_p) * total / len(weights) / 2]
     count = 64
     while True:
-        candidates = _largest(probabilities, count)
-        order = candidates[np.argsort(-probabilities[candidates], kind="stable")]
-        mass = probabilities[order].cumsum()
-        if mass[-1] >= top_p or len(order) == len(probabilities):
-            # A token is in as long as what came before it does not reach top_p.
-            return order[: int(np.searchsorted(mass, top_p, side="left")) + 1]
+        count = min(count, len(numbers))
+        numbers.partition(len(numbers) - count)
+        largest = numbers[-count:]
+        largest.sort()
+        sums = largest[::-1].cumsum()
+        if sums[-1] >= top_p * total or count == len(numbers):
+            break
         count *= 8
+    # A token is in as long as what came before it does not reach the sum.
+    size = min(int(np.searchsorted(sums, top_p * total, side="left")) + 1, count)
+    smallest = largest[-size]
+    above = np.flatnonzero(weights > smallest)
+    equal = np.flatnonzero(weights == smallest)[: size - len(above)]
+    return np.concatenate((above, equal))
 
 
 def _check_number(largest: np.floating[Any]) -> None:

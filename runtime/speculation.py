@@ -20,7 +20,7 @@ LONGEST_DRAFT = 64
 _SIZES = (4, 3, 2)  # How many of the last tokens are looked up; what matches more holds more often.
 
 _COST = 0.1
-"""What each token of a draft adds to a step, in steps of one token: 0.02 to 0.1 where weights come from memory
+"""What a draft's token adds to a step, in steps of one token: 0.02 to 0.1 where the weights come from memory
 and a step has up to eight."""
 
 _MEMORY = 0.9  # What an observation still counts when the next one comes.

@@ -48,6 +48,41 @@ def test_distribution_is_the_definition(logits: np.ndarray, temperature: float, 
     assert found == pytest.approx(expected)
 
 
+@st.composite
+def many_logits(draw_: st.DrawFn) -> np.ndarray:
+    """Some thousands, from nearly flat to steep, with or without many ties."""
+    random = np.random.default_rng(draw_(st.integers(0, 2**32)))
+    logits = random.standard_normal(draw_(st.integers(1, 6000))) * draw_(st.sampled_from([0.01, 1, 5, 30]))
+    return (logits.round(1) if draw_(st.booleans()) else logits).astype(np.float32)
+
+
+@settings(max_examples=200, deadline=None)
+@given(many_logits(), st.floats(0.01, 0.999))
+def test_top_p_keeps_exactly_what_sorting_everything_keeps(logits: np.ndarray, top_p: float) -> None:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-weights, kind="stable")  # the lower id first among equals
+    reached = weights[order].cumsum() >= top_p * weights.sum()
+    expected = order[: int(reached.argmax()) + 1]
+    ids, probabilities = distribution(logits, SamplingOptions(temperature=1.0, top_p=top_p))
+    assert sorted(ids.tolist()) == sorted(expected.tolist())
+    np.testing.assert_allclose(probabilities, weights[ids] / weights[ids].sum(), rtol=1e-12)
+
+
+@settings(max_examples=200, deadline=None)
+@given(many_logits(), st.integers(1, 6100))
+def test_top_k_keeps_exactly_what_sorting_everything_keeps(logits: np.ndarray, top_k: int) -> None:
+    smallest = np.sort(logits)[::-1][:top_k][-1]
+    ids, _ = distribution(logits, SamplingOptions(temperature=1.0, top_k=top_k))
+    assert ids.tolist() == np.flatnonzero(logits >= smallest).tolist()
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=2000).filter(any), st.floats(0, 1, exclude_max=True))
+def test_a_draw_is_where_the_cumulated_weights_pass_the_number(counts: list[int], uniform: float) -> None:
+    weights = np.array(counts, np.float64)  # Whole numbers: no sum is rounded, in whatever order.
+    index = draw(weights, uniform)
+    assert sum(counts[:index]) <= uniform * sum(counts) < sum(counts[: index + 1])
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
 @pytest.mark.parametrize(
     ("top_k", "top_p"), [(0, 1.0), (40, 1.0), (0, 0.9), (50, 0.8), (5000, 0.999), (1, 1.0)]
