@@ -9,6 +9,7 @@ import typer
 
 from gemma_export.exporter.commands.build import build
 from gemma_export.exporter.commands.check import inspect, parity, verify
+from gemma_export.exporter.commands.measure import bench
 from gemma_export.exporter.commands.quantize import calibrate, sensitivity
 from gemma_export.exporter.commands.run import chat, generate
 from gemma_export.exporter.commands.ship import compile_engines, pack, unpack
@@ -24,7 +25,7 @@ app = typer.Typer(
     help="Turn a Gemma checkpoint into a bundle that runs on a device, and prove that it says the same.",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (build, calibrate, sensitivity, generate, chat, parity, inspect, verify, pack, unpack):
+for command in (build, calibrate, sensitivity, generate, chat, bench, parity, inspect, verify, pack, unpack):
     app.command()(command)
 app.command("compile")(compile_engines)
 

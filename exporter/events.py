@@ -17,7 +17,7 @@ class StageStarted:
 
 @dataclass(frozen=True)
 class StageProgress:
-    """How far a stage is; `unit` is `bytes` or `tokens`."""
+    """How far a stage is; `unit` is what is counted: `bytes`, `tokens` or `turns`."""
 
     stage: str
     done: int

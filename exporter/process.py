@@ -50,12 +50,13 @@ def run(command: Callable[[], None]) -> None:
     except GemmaExportError as error:
         _fail(error)
     except ModuleNotFoundError as error:
-        extra = _EXTRAS.get((error.name or "").split(".")[0])
+        package = (error.name or "").split(".")[0]
+        extra = _EXTRAS.get(package)
         if extra is None:
             _defect(error)
         _fail(
             MissingDependencyError(
-                f"The package {error.name} is not installed.",
+                f"The package {package} is not installed.",
                 f'Install it: pip install "gemma-export[{extra}]"',
             )
         )

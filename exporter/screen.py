@@ -82,9 +82,9 @@ class _Amount(ProgressColumn):
         if task.total is None:
             return Text(task.fields["detail"], style="dim")
         if task.fields["unit"] == "bytes":
-            unit, size = _unit(task.total)
+            unit, size = unit_of(task.total)
             parts = [f"{task.completed / size:.2f} of {task.total / size:.2f} {unit}"]
-            parts += [f"{_bytes(int(task.speed))}/s"] if task.speed else []
+            parts += [f"{bytes_text(int(task.speed))}/s"] if task.speed else []
         else:
             parts = [f"{task.completed:,.0f} of {task.total:,.0f} {task.fields['unit']}"]
         if task.time_remaining is not None:
@@ -115,7 +115,7 @@ def _rolling(rolling: RollingCache | None) -> str:
     if rolling is None:
         return ""
     return (
-        f", {_bytes(rolling.saved_per_row)} less for {len(rolling.layers)} local layers that keep "
+        f", {bytes_text(rolling.saved_per_row)} less for {len(rolling.layers)} local layers that keep "
         f"{rolling.slots:,} tokens and take {rolling.chunk:,} at once"
     )
 
@@ -135,9 +135,9 @@ def bundle_table(manifest: Manifest) -> Table:
         "quantized": _quantized(manifest),
         "graph": f"opset {graph.opset}, cache of {graph.max_length:,} tokens, "
         f"logits of the {_logits(graph.logits)}",
-        "on disk": _bytes(sum(file.size for file in manifest.files.values())),
-        "read per token": f"{_bytes(manifest.bytes.per_token)} of weights",
-        "cache per row": _bytes(manifest.bytes.cache_per_row) + _rolling(graph.rolling),
+        "on disk": bytes_text(sum(file.size for file in manifest.files.values())),
+        "read per token": f"{bytes_text(manifest.bytes.per_token)} of weights",
+        "cache per row": bytes_text(manifest.bytes.cache_per_row) + _rolling(graph.rolling),
         "kept in fp32": ", ".join(manifest.fp32_tensors) or "nothing beyond the norms",
         "checkpoint": f"{manifest.checkpoint.form}: {manifest.checkpoint.source or 'unknown'}",
         "parity": parity_line(manifest),
@@ -241,16 +241,18 @@ def _brief(value: object) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, int) and value > 10_000_000:
-        return _bytes(value)
+        return bytes_text(value)
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _bytes(count: int) -> str:
+def bytes_text(count: int) -> str:
+    """A number of bytes with three digits or more and a unit."""
     if count < 1000:
         return f"{count} bytes"
-    unit, size = _unit(count)
+    unit, size = unit_of(count)
     return f"{count / size:.2f} {unit}"
 
 
-def _unit(count: float) -> tuple[str, float]:
+def unit_of(count: float) -> tuple[str, float]:
+    """The unit that suits a number of bytes, and how many of them it is."""
     return next((unit for unit in _UNITS if count >= unit[1]), _UNITS[-1])

@@ -26,19 +26,31 @@ class OnnxRuntimeBackend(LoadedGraph):
         threads: Threads within an operator; None lets onnxruntime take one per physical core.
         graph: A serialized graph to run in place of the bundle's, over the same weights; the manifest must
             describe it. It is run as it is written, operator by operator.
+        profile: Where to write what each operator took, as the beginning of a file's name; onnxruntime
+            writes it when `session.end_profiling` is called, and says the whole name. None writes nothing.
 
     Raises:
         BundleError: onnxruntime cannot load the graph, or the graph has another contract.
         UsageError: `threads` is below 1.
     """
 
-    def __init__(self, bundle: Bundle, threads: int | None = None, *, graph: bytes | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        threads: int | None = None,
+        *,
+        graph: bytes | None = None,
+        profile: Path | None = None,
+    ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}.", "Give at least 1, or leave it out.")
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads or 0
         options.inter_op_num_threads = 1
         options.log_severity_level = FATAL
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
         if graph is not None:
             # As it is written: weights are mapped, and converted where the graph does so, not at load nor as
             # early as can be; the memory is given back at once.

@@ -12,7 +12,7 @@ from support.folders import names
 from gemma_export.version import __version__
 
 COMMANDS = [
-    *("build", "calibrate", "sensitivity", "generate", "chat", "parity", "inspect", "verify"),
+    *("build", "calibrate", "sensitivity", "generate", "chat", "bench", "parity", "inspect", "verify"),
     *("pack", "unpack", "compile"),
 ]
 

@@ -1,0 +1,1 @@
+"""What a bundle costs to run, next to what the machine could do."""

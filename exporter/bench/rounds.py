@@ -1,0 +1,155 @@
+"""The rounds of a benchmark: in each the machine is measured, then every contestant has its turn.
+
+The machine's speed may drift, and others may use it: what stands in one round was measured within minutes,
+and percentages and ratios are taken round by round.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Protocol
+
+from gemma_export.errors import MissingDependencyError
+from gemma_export.exporter import events
+from gemma_export.exporter.bench.llama import LlamaBench
+from gemma_export.exporter.bench.machine import load_average
+from gemma_export.exporter.bench.processes import run_worker
+from gemma_export.exporter.bench.values import Machine, Plan, StepParts, Turn
+from gemma_export.runtime.bundle import Bundle
+
+OURS = "bundle"
+GENAI = "onnxruntime-genai"
+_STEP_TOKENS = 16
+_BLOCK = 16 << 20
+
+
+class Contestant(Protocol):
+    """Something that can run a plan."""
+
+    def run_turn(self, plan: Plan) -> tuple[Turn, float]:
+        """Runs it once, in a process of its own; also how many cores others kept busy meanwhile."""
+        ...
+
+
+@dataclass(frozen=True)
+class Worker:
+    """A contestant that runs a bundle in a worker: `bundle` or `genai`."""
+
+    job: str
+    bundle: Path
+
+    def run_turn(self, plan: Plan) -> tuple[Turn, float]:
+        """As `Contestant.run_turn`."""
+        return run_worker(self.job, {"path": str(self.bundle), "plan": plan}, Turn)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What was measured together.
+
+    Attributes:
+        load_average: Of the machine when the round began.
+        machine: What it could do; None where the bundle runs on a device, whose limits these are not.
+        turns: Of each contestant, by name.
+        others: The most cores that other processes kept busy during a turn.
+    """
+
+    load_average: float
+    machine: Machine | None
+    turns: Mapping[str, Turn]
+    others: float
+
+
+def run_rounds(
+    bundle: Bundle, plan: Plan, peers: Mapping[str, Contestant], repeats: int, listener: events.Listener
+) -> list[Round]:
+    """Runs them.
+
+    Args:
+        bundle: What is measured.
+        plan: What every contestant runs in a turn.
+        peers: What it is compared with, by name.
+        repeats: How many rounds.
+        listener: Told of progress.
+
+    Raises:
+        GemmaExportError: A contestant failed.
+    """
+    contestants: dict[str, Contestant] = {OURS: Worker("bundle", bundle.path), **peers}
+    _read_files(bundle, listener)
+    rounds = []
+    for number in range(1, repeats + 1):
+        name = f"round {number}"
+        with events.stage(listener, name, "the machine") as facts:
+            load = load_average()
+            machine = measure_machine(plan.threads) if runs_on_cpu(bundle) else None
+            turns, others = {}, 0.0
+            for done, (contestant, runner) in enumerate(contestants.items()):
+                listener(events.StageProgress(name, done, len(contestants), "turns"))
+                turns[contestant], busy = runner.run_turn(plan)
+                others = max(others, busy)
+            rounds.append(Round(load, machine, turns, others))
+            facts |= {who: _brief(turn) for who, turn in turns.items()}
+    return rounds
+
+
+def runs_on_cpu(bundle: Bundle) -> bool:
+    """Whether the memory and the cores of this machine are what limits a bundle."""
+    return bundle.manifest.target in ("cpu", "onnx") and not bundle.manifest.engines
+
+
+def measure_machine(threads: int) -> Machine:
+    """What the machine can do now."""
+    return run_worker("machine", {"threads": threads}, Machine)[0]
+
+
+def measure_step(bundle: Bundle, plan: Plan) -> StepParts:
+    """Where the time of a decoded token goes, at the smallest depth of the plan that is one.
+
+    Raises:
+        GemmaExportError: The bundle cannot be loaded or run.
+    """
+    tokens = min(_STEP_TOKENS, plan.tokens)
+    room = bundle.manifest.graph.max_length - tokens - 1
+    depth = max(0, min(next((depth for depth in plan.depths if depth), 16), room))
+    arguments = {"path": str(bundle.path), "depth": depth, "tokens": tokens, "threads": plan.threads}
+    return run_worker("step", arguments, StepParts)[0]
+
+
+def peers_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Contestant]:
+    """The contestants that were named: `genai`, or a file that llama.cpp reads.
+
+    Raises:
+        MissingDependencyError: onnxruntime-genai or llama-bench is not installed.
+        UsageError: There is no such file.
+    """
+    peers: dict[str, Contestant] = {}
+    for name in names:
+        if name == "genai":
+            if find_spec("onnxruntime_genai") is None:
+                raise MissingDependencyError(
+                    "The package onnxruntime-genai is not installed.",
+                    "Install it: pip install onnxruntime-genai",
+                )
+            peers[GENAI] = Worker("genai", bundle.path)
+        else:
+            peers[Path(name).name] = LlamaBench.find(Path(name))
+    return peers
+
+
+def _read_files(bundle: Bundle, listener: events.Listener) -> None:
+    """Reads a bundle once, so that loading does not measure the disk."""
+    size = sum(entry.size for entry in bundle.manifest.files.values())
+    with events.stage(listener, "page cache"):
+        tell, done = events.bytes_of(listener, "page cache"), 0
+        for name in bundle.manifest.files:
+            with bundle.file(name).open("rb", buffering=0) as file:
+                while block := file.read(_BLOCK):
+                    done += len(block)
+                    tell(done, size)
+
+
+def _brief(turn: Turn) -> str | None:
+    """The first figure of decoding."""
+    return f"{turn.decode[0].per_second:.1f} tokens/s" if turn.decode else None
