@@ -31,9 +31,11 @@ KERNEL void add_bytes(const int bits, const int tokens, const uint8_t *w, size_t
     const __m128i codes = bytes == 8 ? _mm_loadl_epi64((const __m128i *)w) : _mm_loadu_si128((const __m128i *)w);
     const __m128i mask = _mm_set1_epi8(15);
     const __m256i low = wide(bits == 4 ? _mm_and_si128(codes, mask) : codes);
+    UNROLLED
     for (int t = 0; t < tokens; t++) sums[t] = add_products(sums[t], low, x + t * stride);
     if (bits == 4) {
         const __m256i high = wide(_mm_and_si128(_mm_srli_epi16(codes, 4), mask));
+        UNROLLED
         for (int t = 0; t < tokens; t++) sums[t] = add_products(sums[t], high, x + t * stride + CHUNK);
     }
 }
@@ -55,17 +57,20 @@ KERNEL void row(const int bits, const int tokens, const Weight *w, const FewToke
     float sums[FEW] = {0};
     for (size_t b = 0; b < w->blocks; b++) {
         __m256i parts[FEW];
+        UNROLLED
         for (int t = 0; t < tokens; t++) parts[t] = _mm256_setzero_si256();
         for (size_t byte = b * bytes; byte < (b + 1) * bytes; byte += step) {
             if (byte % CHUNK == 0) _mm_prefetch((const char *)codes + byte + AHEAD, _MM_HINT_T0);
             const size_t at = bits == 4 ? byte / CHUNK * 2 * CHUNK + byte % CHUNK : byte;
             add_bytes(bits, tokens, codes + byte, step, activations + at, x->stride, parts);
         }
+        UNROLLED
         for (int t = 0; t < tokens; t++) {
             const size_t at = (token + t) * w->blocks + b;
             sums[t] = __builtin_fmaf((float)(sum_of(parts[t]) + x->corrections[at]), scales[b] * x->scales[at], sums[t]);
         }
     }
+    UNROLLED
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
@@ -123,24 +128,42 @@ KERNEL void unpack(const Weight *w, const uint8_t *codes, int16_t *out) {
     }
 }
 
+/* Rows' codes of the block after this one, into the second-level cache while this one is computed. */
+KERNEL void ask_for_next_block(const Weight *w, size_t first, size_t last, size_t block) {
+    for (size_t n = first; n < last; n++)
+        for (size_t i = 0; i < block_bytes(w); i += CHUNK)
+            _mm_prefetch((const char *)w->codes + n * row_bytes(w) + (block + 1) * block_bytes(w) + i, _MM_HINT_T1);
+}
+
 /* sums [ROWS, TOKENS] += a block's products; w [ROWS, STRIDE], x [pairs, TOKENS, 2]. */
 KERNEL void add_tile(const int16_t *w, const float *row_scales, const int16_t *x, const float *scales,
                      const int32_t *corrections, size_t pairs, float *sums) {
     __m256i dots[ROWS][HALVES];
+    UNROLLED
     for (int h = 0; h < HALVES; h++)
+        UNROLLED
         for (int r = 0; r < ROWS; r++) dots[r][h] = _mm256_load_si256((const __m256i *)corrections + h);
-    for (size_t p = 0; p < pairs; p++, w += 2, x += 2 * TOKENS) {
+    do {
         __m256i columns[HALVES];
+        UNROLLED
         for (int h = 0; h < HALVES; h++) columns[h] = _mm256_load_si256((const __m256i *)x + h);
+        UNROLLED
         for (int r = 0; r < ROWS; r++) {
             int32_t two;
             memcpy(&two, w + r * STRIDE, sizeof two);
             const __m256i codes = _mm256_set1_epi32(two);
-            for (int h = 0; h < HALVES; h++)
+            UNROLLED
+            for (int h = 0; h < HALVES; h++) {
                 dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(codes, columns[h]));
+                KEPT_IN_REGISTER(dots[r][h]);
+            }
         }
-    }
+        w += 2;
+        x += 2 * TOKENS;
+    } while (--pairs);
+    UNROLLED
     for (int r = 0; r < ROWS; r++)
+        UNROLLED
         for (int h = 0; h < HALVES; h++) {
             const __m256 scale = _mm256_mul_ps(_mm256_set1_ps(row_scales[r]), _mm256_load_ps(scales + 8 * h));
             float *sum = sums + r * TOKENS + 8 * h;
@@ -162,6 +185,7 @@ TARGET static void multiply_many(const Weight *w, const ManyTokens *x, size_t fi
         for (size_t r = count; r < strips * ROWS; r++) memset(unpacked + r * STRIDE, 0, w->block * sizeof *unpacked);
         for (size_t tile = 0; tile < x->tiles; tile++) {
             const size_t at = tile * w->blocks + b;
+            ask_for_next_block(w, first + count * tile / x->tiles, first + count * (tile + 1) / x->tiles, b);
             for (size_t strip = 0; strip < strips; strip++)
                 add_tile(unpacked + strip * ROWS * STRIDE, row_scales + strip * ROWS,
                          (const int16_t *)x->codes + at * w->block * TOKENS, x->scales + at * TOKENS,

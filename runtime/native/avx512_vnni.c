@@ -26,9 +26,11 @@ KERNEL void add_chunk(const int bits, const int tokens, const uint8_t *w, __mmas
                       size_t stride, __m512i *sums) {
     const __m512i codes = _mm512_maskz_loadu_epi8(keep, w);
     const __m512i low = bits == 4 ? _mm512_and_si512(codes, _mm512_set1_epi8(15)) : codes;
+    UNROLLED
     for (int t = 0; t < tokens; t++) sums[t] = _mm512_dpbusd_epi32(sums[t], low, _mm512_load_si512(x + t * stride));
     if (bits == 4) {
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(codes, 4), _mm512_set1_epi8(15));
+        UNROLLED
         for (int t = 0; t < tokens; t++)
             sums[t] = _mm512_dpbusd_epi32(sums[t], high, _mm512_load_si512(x + t * stride + CHUNK));
     }
@@ -58,13 +60,16 @@ KERNEL void row_of_chunks(const int bits, const int tokens, const Weight *w, con
     float sums[FEW] = {0};
     for (size_t b = 0; b < w->blocks; b++) {
         __m512i parts[FEW];
+        UNROLLED
         for (int t = 0; t < tokens; t++) parts[t] = _mm512_setzero_si512();
         for (size_t c = 0; c < chunks; c++, codes += CHUNK, activations += step) {
             _mm_prefetch((const char *)codes + AHEAD, _MM_HINT_T0);
             add_chunk(bits, tokens, codes, ~(__mmask64)0, activations, x->stride, parts);
         }
+        UNROLLED
         for (int t = 0; t < tokens; t++) sums[t] = add_block(sums[t], sum_of(parts[t]), w, x, scales, token + t, b);
     }
+    UNROLLED
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
@@ -79,9 +84,11 @@ KERNEL void row_of_small_blocks(const int bits, const int tokens, const Weight *
     for (size_t byte = 0, b = 0; byte < bytes; byte += CHUNK, activations += step) {
         const size_t here = at_most(bytes - byte, CHUNK);
         __m512i parts[FEW];
+        UNROLLED
         for (int t = 0; t < tokens; t++) parts[t] = _mm512_setzero_si512();
         _mm_prefetch((const char *)codes + byte + AHEAD, _MM_HINT_T0);
         add_chunk(bits, tokens, codes + byte, ~(__mmask64)0 >> (CHUNK - here), activations, x->stride, parts);
+        UNROLLED
         for (int t = 0; t < tokens; t++) {
             /* Every lane gets the sum of its block. */
             __m512i dots = _mm512_add_epi32(parts[t], _mm512_shuffle_epi32(parts[t], 0xb1));
@@ -94,6 +101,7 @@ KERNEL void row_of_small_blocks(const int bits, const int tokens, const Weight *
         }
         b += here / (4 * lanes);
     }
+    UNROLLED
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
@@ -177,23 +185,42 @@ KERNEL void unpack(const Weight *w, const uint8_t *codes, uint8_t *out) {
     }
 }
 
+/* Rows' codes of the block after this one, into the second-level cache while this one is computed. */
+KERNEL void ask_for_next_block(const Weight *w, size_t first, size_t last, size_t block) {
+    for (size_t n = first; n < last; n++)
+        for (size_t i = 0; i < block_bytes(w); i += CHUNK)
+            _mm_prefetch((const char *)w->codes + n * row_bytes(w) + (block + 1) * block_bytes(w) + i, _MM_HINT_T1);
+}
+
 /* sums [ROWS, TOKENS] += a block's products; w [ROWS, STRIDE], x [quads, TOKENS, 4]. */
 KERNEL void add_tile(const uint8_t *w, const float *row_scales, const int8_t *x, const float *scales,
                      const int32_t *corrections, size_t quads, float *sums) {
     __m512i dots[ROWS][HALVES];
+    UNROLLED
     for (int h = 0; h < HALVES; h++)
+        UNROLLED
         for (int r = 0; r < ROWS; r++) dots[r][h] = _mm512_load_si512(corrections + 16 * h);
-    for (size_t q = 0; q < quads; q++, w += 4, x += 4 * TOKENS) {
+    do {
         __m512i columns[HALVES];
+        UNROLLED
         for (int h = 0; h < HALVES; h++) columns[h] = _mm512_load_si512(x + CHUNK * h);
+        UNROLLED
         for (int r = 0; r < ROWS; r++) {
             int32_t four;
             memcpy(&four, w + r * STRIDE, sizeof four);
             const __m512i codes = _mm512_set1_epi32(four);
-            for (int h = 0; h < HALVES; h++) dots[r][h] = _mm512_dpbusd_epi32(dots[r][h], codes, columns[h]);
+            UNROLLED
+            for (int h = 0; h < HALVES; h++) {
+                dots[r][h] = _mm512_dpbusd_epi32(dots[r][h], codes, columns[h]);
+                KEPT_IN_REGISTER(dots[r][h]);
+            }
         }
-    }
+        w += 4;
+        x += 4 * TOKENS;
+    } while (--quads);
+    UNROLLED
     for (int r = 0; r < ROWS; r++)
+        UNROLLED
         for (int h = 0; h < HALVES; h++) {
             const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(row_scales[r]), _mm512_load_ps(scales + 16 * h));
             float *sum = sums + r * TOKENS + 16 * h;
@@ -204,16 +231,20 @@ KERNEL void add_tile(const uint8_t *w, const float *row_scales, const int8_t *x,
 /* in: 16 vectors; out[i] has lane i of each. */
 KERNEL void transpose(__m512 *in) {
     __m512 pairs[16], quads[16];
+    UNROLLED
     for (int i = 0; i < 16; i += 2) {
         pairs[i] = _mm512_unpacklo_ps(in[i], in[i + 1]);
         pairs[i + 1] = _mm512_unpackhi_ps(in[i], in[i + 1]);
     }
+    UNROLLED
     for (int i = 0; i < 16; i += 4)
+        UNROLLED
         for (int j = 0; j < 2; j++) {
             const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + j + 2]);
             quads[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
             quads[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
         }
+    UNROLLED
     for (int j = 0; j < 4; j++) {
         const __m512 a = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0x88);
         const __m512 b = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0x88);
@@ -258,6 +289,7 @@ TARGET static void multiply_many(const Weight *w, const ManyTokens *x, size_t fi
         for (size_t r = count; r < strips * ROWS; r++) memset(unpacked + r * STRIDE, 0, w->block);
         for (size_t tile = 0; tile < x->tiles; tile++) {
             const size_t at = tile * w->blocks + b;
+            ask_for_next_block(w, first + count * tile / x->tiles, first + count * (tile + 1) / x->tiles, b);
             for (size_t strip = 0; strip < strips; strip++)
                 add_tile(unpacked + strip * ROWS * STRIDE, row_scales + strip * ROWS,
                          (const int8_t *)x->codes + at * w->block * TOKENS, x->scales + at * TOKENS,

@@ -69,8 +69,10 @@ typedef struct {
     void (*multiply_many)(const Weight *w, const ManyTokens *x, size_t first, size_t last, float *y);
 } Kernels;
 
-#define PANEL_ROWS 48    /* Whose weights, unpacked, stay in the first-level cache beside a tile's activations. */
-#define MANY_AT_ONCE 512 /* Whose sums of a panel stay in the second-level cache. */
+/* A panel's sums of so many tokens stay in the second-level cache, and on a thread's stack. The more rows it has, the
+ * less often activations come from further away: those of 512 tokens are 8 MB where K is 16384. */
+#define PANEL_ROWS 128
+#define MANY_AT_ONCE 512
 
 extern const Kernels portable_kernels;
 #if defined(__x86_64__)

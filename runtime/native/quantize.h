@@ -7,6 +7,10 @@
 #include "product.h"
 
 #define INLINE static inline __attribute__((always_inline))
+/* Sums that a loop adds to stay in registers only if what runs over them is unrolled, and if GCC (12) takes each for
+ * one variable: what this says changes a sum, for all it knows, so that it has no earlier value to keep beside it. */
+#define UNROLLED _Pragma("GCC unroll 16")
+#define KEPT_IN_REGISTER(sum) __asm__("" : "+v"(sum))
 
 /* A block [n] to codes in [-127, 127], the largest magnitude to 127, halves to even. Returns the scale; what is too
  * small to have a finite inverse is zero. A block with a number that is not finite gets the scale infinity or NaN and
