@@ -5,14 +5,10 @@ from typing import Unpack
 
 from gemma_export.errors import PromptError
 from gemma_export.runtime.backend import Backend
-from gemma_export.runtime.generate import (
-    Generation,
-    Row,
-    check_drafts,
-    run_rows,
-)
+from gemma_export.runtime.generate import Generation
 from gemma_export.runtime.kv_cache import check_room
 from gemma_export.runtime.options import GenerationKeywords, GenerationOptions
+from gemma_export.runtime.prompt_cache import PromptCache
 from gemma_export.runtime.tokenizer import Tokenizer
 
 START_OF_TURN = "<start_of_turn>"
@@ -79,26 +75,23 @@ class Conversation:
     Args:
         backend: Runs the graph.
         tokenizer: The bundle's.
-        max_length: Slots of a cache row.
         stop_tokens: The bundle's stop ids; the end of a turn always stops.
+        prompt_cache: The dialogue so far; empty where it begins.
     """
 
     def __init__(
-        self, backend: Backend, tokenizer: Tokenizer, max_length: int, stop_tokens: tuple[int, ...]
+        self, backend: Backend, tokenizer: Tokenizer, stop_tokens: tuple[int, ...], prompt_cache: PromptCache
     ) -> None:
         self._backend = backend
         self._tokenizer = tokenizer
         self._format = ChatFormat(tokenizer)
-        self._max_length = max_length
         self._stop_tokens = tuple({*stop_tokens, self._format.end_of_turn})
-        self._cache = backend.new_cache(1)
-        self._tokens: list[int] = []
-        self._answer: Generation | None = None
+        self.prompt_cache = prompt_cache
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """Every id of the dialogue so far, from the beginning-of-sequence token on."""
-        return tuple(self._tokens)
+        return self.prompt_cache.tokens
 
     def say(self, text: str, **options: Unpack[GenerationKeywords]) -> Generation:
         """Says something; the answer is generated as it is read.
@@ -117,14 +110,8 @@ class Conversation:
             UsageError: An option is out of range, or drafts are wanted that the bundle cannot verify.
         """
         settled = GenerationOptions.of(options, self._stop_tokens)
-        opening = self._format.close_turn() if self._tokens else [self._tokenizer.bos]
+        said = self.prompt_cache.tokens
+        opening = self._format.close_turn() if said else [self._tokenizer.bos]
         new = opening + self._format.user_turn(text)
-        check_room(self._max_length, len(self._tokens), len(new))
-        check_drafts(self._backend, settled)
-        if self._answer is not None:
-            self._answer.close()
-        self._tokens += new
-        row = Row(self._tokens, settled, self._tokenizer, self._max_length)
-        steps = run_rows(self._backend, self._cache, [row], settled.prefill_chunk)
-        self._answer = Generation(row, steps, len(self._tokens) - self._cache.length)
-        return self._answer
+        check_room(self.prompt_cache.cache.max_length, len(said), len(new))
+        return self.prompt_cache.generate(self._backend, self._tokenizer, [*said, *new], settled)

@@ -34,7 +34,8 @@ class GenerationStats:
     """What a generation took. The first token's time is the prefill's; waiting for a reader counts as none.
 
     Attributes:
-        prefill_tokens: Tokens run before the first new one; those reused from the cache are not among them.
+        reused_tokens: Tokens that the cache held already.
+        prefill_tokens: Tokens run before the first new one.
         prefill_seconds: Until the first new token was chosen.
         new_tokens: Tokens generated.
         decode_seconds: From the first new token to the last.
@@ -42,6 +43,7 @@ class GenerationStats:
         accepted_tokens: How many of them held; each spared a step.
     """
 
+    reused_tokens: int
     prefill_tokens: int
     prefill_seconds: float
     new_tokens: int
@@ -226,10 +228,11 @@ class Generation:
     iterated again: what has been generated is kept.
     """
 
-    def __init__(self, row: Row, steps: Steps, prefill_tokens: int) -> None:
+    def __init__(self, row: Row, steps: Steps, reused_tokens: int) -> None:
         self._row = row
         self._steps = steps
-        self._prefill_tokens = prefill_tokens
+        self._reused_tokens = reused_tokens
+        self._prefill_tokens = len(row.tokens) - reused_tokens
         self._prefill_seconds = 0.0
         self._decode_seconds = 0.0
 
@@ -272,6 +275,7 @@ class Generation:
         self._finish()
         row = self._row
         return GenerationStats(
+            reused_tokens=self._reused_tokens,
             prefill_tokens=self._prefill_tokens,
             prefill_seconds=self._prefill_seconds,
             new_tokens=len(row.new_tokens),

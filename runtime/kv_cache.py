@@ -148,6 +148,16 @@ class KVCache:
             raise ValueError(f"the rows have different lengths: {self.lengths.tolist()}")
         return first
 
+    @property
+    def written(self) -> int:
+        """Positions that have been written: more than are filled where a rolling cache has gone back."""
+        filled = int(self.lengths.max())
+        return filled if self.rolling is None else max(filled, int(self._written.max()))
+
+    def restore(self, length: int, written: int) -> None:
+        """Takes over buffers as they were written elsewhere: `length` of `written` positions count."""
+        self.lengths[:], self._written[:] = length, written
+
     def row(self, index: int) -> "KVCache":
         """Row `index` as a cache of one row over the same memory and the same length.
 

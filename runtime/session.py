@@ -28,7 +28,9 @@ from gemma_export.runtime.generate import (
 from gemma_export.runtime.kv_cache import KVCache, check_room
 from gemma_export.runtime.manifest import Manifest
 from gemma_export.runtime.options import GenerationKeywords, GenerationOptions
+from gemma_export.runtime.prompt_cache import PromptCache
 from gemma_export.runtime.rolling_backend import RollingBackend
+from gemma_export.runtime.saved_cache import load_cache, save_cache
 from gemma_export.runtime.tokenizer import BOS_PIECE, Tokenizer
 
 _LOGITS_CHUNK = 256  # tokens per run: [256, V] of float32 is 262 MB at V = 256,000
@@ -107,11 +109,15 @@ class Session:
         """Tokens that a prompt and its continuation may have together."""
         return self.manifest.graph.max_length
 
-    def generate(self, prompt: str, **options: Unpack[GenerationKeywords]) -> Generation:
+    def generate(
+        self, prompt: str, *, prompt_cache: PromptCache | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Generation:
         """Continues a text: `str()` of the result is the continuation, iterating it streams it.
 
         Args:
             prompt: The text; the beginning-of-sequence token is put in front.
+            prompt_cache: What it holds of the prompt is not run again; afterwards it holds the prompt and its
+                continuation. What was being generated over it ends where it stands.
             options: The fields of `GenerationOptions`: `max_new_tokens`, `temperature`, `stop`, …
 
         Raises:
@@ -121,9 +127,39 @@ class Session:
         """
         tokens = self.tokenizer.encode(prompt)
         settled = GenerationOptions.of(options, self.manifest.tokens.stop)
-        row = self._row(tokens, settled)
-        steps = run_rows(self._backend, self._backend.new_cache(1), [row], settled.prefill_chunk)
-        return Generation(row, steps, len(tokens))
+        prompt_cache = prompt_cache or self.new_prompt_cache()
+        return prompt_cache.generate(self._backend, self.tokenizer, tokens, settled)
+
+    def new_prompt_cache(self) -> PromptCache:
+        """An empty cache to keep from one prompt to the next."""
+        return PromptCache(self._backend.new_cache(1))
+
+    def read(self, prompt: str, prompt_cache: PromptCache) -> None:
+        """Reads a prompt, or the rest of it, into a cache that is to be saved or to be gone on with.
+
+        Raises:
+            PromptError: The prompt is empty or cannot be encoded.
+            ContextFullError: It does not fit into the cache, which is as it was.
+        """
+        prompt_cache.read(self._backend, self.tokenizer.encode(prompt), GenerationOptions.prefill_chunk)
+
+    def save_cache(self, prompt_cache: PromptCache, path: str | os.PathLike[str]) -> None:
+        """Writes a prompt cache to a file, whole or not at all; an older file is replaced.
+
+        Raises:
+            UsageError: There is nothing in it, or it lies on a device.
+            StorageError: The disk refuses; an older file is as it was.
+        """
+        save_cache(prompt_cache, self.manifest, path)
+
+    def load_cache(self, path: str | os.PathLike[str]) -> PromptCache:
+        """Reads a prompt cache that this bundle has saved.
+
+        Raises:
+            UsageError: There is no such file, or this bundle's caches lie on a device.
+            SavedCacheError: It is damaged, of a newer format, or of another bundle.
+        """
+        return load_cache(path, self.manifest, self._backend.new_cache(1))
 
     def generate_tokens(self, tokens: Sequence[int], **options: Unpack[GenerationKeywords]) -> list[int]:
         """The ids that continue `tokens`, which are taken as they are: nothing is put in front.
@@ -175,13 +211,17 @@ class Session:
             pass
         return [row.completion() for row in rows]
 
-    def chat(self) -> Conversation:
+    def chat(self, prompt_cache: PromptCache | None = None) -> Conversation:
         """A dialogue with the model, which must be an instruction-tuned one to make sense of it.
+
+        Args:
+            prompt_cache: Of a dialogue that goes on; None begins one.
 
         Raises:
             BundleError: The tokenizer has no turn tokens.
         """
-        return Conversation(self._backend, self.tokenizer, self.max_length, self.manifest.tokens.stop)
+        prompt_cache = prompt_cache or self.new_prompt_cache()
+        return Conversation(self._backend, self.tokenizer, self.manifest.tokens.stop, prompt_cache)
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a prompt, with the beginning-of-sequence token.

@@ -80,6 +80,8 @@ Seed = Annotated[int | None, typer.Option(help="Makes drawing repeatable.")]
 DraftTokens = Annotated[
     int, typer.Option(help="Look up to N next tokens up in the text so far, and verify them in one step.")
 ]
+SaveCache = Annotated[Path | None, typer.Option(help="Keep what was read in a file, for --load-cache.")]
+LoadCache = Annotated[Path | None, typer.Option(help="Read only what differs from what --save-cache kept.")]
 Stop = Annotated[list[str] | None, typer.Option("--stop", help="A text to stop at; may be repeated.")]
 Text = Annotated[Path | None, typer.Option(help="Text to measure on; by default the project's own.")]
 Threads = Annotated[int | None, typer.Option(help="Threads; by default one per core.")]

@@ -23,6 +23,8 @@ def generate(
     seed: options.Seed = None,
     stop: options.Stop = None,
     draft_tokens: options.DraftTokens = 0,
+    save_cache: options.SaveCache = None,
+    load_cache: options.LoadCache = None,
     threads: options.Threads = None,
     as_json: options.Json = False,
 ) -> None:
@@ -30,8 +32,15 @@ def generate(
     from gemma_export.runtime.session import load
 
     text = _read_stdin() if prompt == "-" else prompt
-    generation = load(bundle, threads=threads).generate(
+    session = load(bundle, threads=threads)
+    prompt_cache = session.new_prompt_cache() if load_cache is None else session.load_cache(load_cache)
+    if save_cache is not None:
+        # Before it is continued: the next prompt starts like this one, not like the answer.
+        session.read(text, prompt_cache)
+        session.save_cache(prompt_cache, save_cache)
+    generation = session.generate(
         text,
+        prompt_cache=prompt_cache,
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -63,6 +72,8 @@ def chat(
     repetition_penalty: options.Penalty = 1.0,
     seed: options.Seed = None,
     draft_tokens: options.DraftTokens = 0,
+    save_cache: options.SaveCache = None,
+    load_cache: options.LoadCache = None,
     threads: options.Threads = None,
 ) -> None:
     """Talk with a model; each turn reads only what is new."""
@@ -70,7 +81,7 @@ def chat(
     from gemma_export.runtime.session import load
 
     session = load(bundle, threads=threads)
-    conversation = session.chat()
+    conversation = session.chat(None if load_cache is None else session.load_cache(load_cache))
     err.print("[dim]/reset begins again, /exit or Ctrl-D ends.[/]", highlight=False)
     while (text := _ask()) is not None:
         if text == "/reset":
@@ -94,6 +105,8 @@ def chat(
             show_error(error)
         except KeyboardInterrupt:
             err.print("\n[dim]interrupted; the answer counts as far as it came[/]", highlight=False)
+    if save_cache is not None and conversation.tokens:
+        session.save_cache(conversation.prompt_cache, save_cache)
 
 
 def _stream(pieces: Any) -> None:

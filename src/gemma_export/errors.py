@@ -75,6 +75,10 @@ class OverwrittenError(GemmaExportError):
     """A rolling cache that is to go on from a position whose window it has overwritten."""
 
 
+class SavedCacheError(GemmaExportError):
+    """A file of a saved cache that is damaged, of another format version, or of another bundle."""
+
+
 class PromptError(UsageError):
     """A prompt that cannot be read or encoded."""
 
