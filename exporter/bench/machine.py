@@ -6,8 +6,9 @@ that is, depends on the processor.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -37,13 +38,8 @@ def measure_machine(threads: int, seconds: float = SECONDS) -> Machine:
         seconds: How long each way is tried.
     """
     rate, how = max((rate, how) for how, rate in reading_rates(threads, seconds))
-    try:
-        floats = max(matrix_rate(np.float32, np.float32, n, threads, seconds) for n in _MATRICES)
-        integers = max(matrix_rate(np.uint8, np.int8, n, threads, seconds) for n in _MATRICES)
-    except ModuleNotFoundError as error:
-        if error.name != "onnx":
-            raise
-        floats = integers = None
+    floats = largest_matrix_rate(np.float32, np.float32, threads, seconds)
+    integers = largest_matrix_rate(np.uint8, np.int8, threads, seconds)
     return Machine(rate, how, floats, integers)
 
 
@@ -55,7 +51,12 @@ def reading_rates(threads: int, seconds: float) -> Iterator[tuple[str, float]]:
     parts = np.split(buffer, threads)
     with ThreadPoolExecutor(threads) as pool:
         for how, read in _WAYS.items():
-            yield how, size / _fastest(lambda read=read: list(pool.map(read, parts)), seconds)
+            yield how, size / _fastest(partial(_read_all, pool, read, parts), seconds)
+
+
+def _read_all(pool: ThreadPoolExecutor, read: Callable[[Bytes], Any], parts: Sequence[Bytes]) -> None:
+    for _ in pool.map(read, parts):
+        pass
 
 
 def _dot(part: Bytes) -> Any:
@@ -70,6 +71,18 @@ _WAYS: dict[str, Callable[[Bytes], Any]] = {
     "maximum": lambda part: part.view(np.int32).max(),
     "bitwise or": lambda part: np.bitwise_or.reduce(part.view(np.uint64)),
 }
+
+
+def largest_matrix_rate(
+    left: type[np.generic], right: type[np.generic], threads: int, seconds: float
+) -> float | None:
+    """As `matrix_rate`, of the size that does best; None where the package onnx is not installed."""
+    try:
+        return max(matrix_rate(left, right, size, threads, seconds) for size in _MATRICES)
+    except ModuleNotFoundError as error:
+        if error.name != "onnx":
+            raise
+        return None
 
 
 def matrix_rate(
@@ -95,14 +108,14 @@ def matrix_rate(
     numbers = [(30 * random.standard_normal(shape)).astype(np.int8) for _ in range(2)]
     x = (numbers[0].astype(np.int16) + 128).astype(left)
     weights = numpy_helper.from_array(numbers[1].astype(right), "weights")
-    if left is np.float32:
-        node = helper.make_node("MatMul", ["x", "weights"], ["y"])
-        constants, result = [weights], np.float32
-    else:
-        # The way that the graphs of quantized bundles take: inputs around the code 128.
-        zero = numpy_helper.from_array(np.array(128, np.uint8), "zero")
-        node = helper.make_node("MatMulInteger", ["x", "weights", "zero"], ["y"])
-        constants, result = [weights, zero], np.int32
+    # Codes are summed as the graphs of quantized bundles do: inputs around the code 128.
+    zero = numpy_helper.from_array(np.array(128, np.uint8), "zero")
+    operator, constants, result = (
+        ("MatMul", [weights], "float32")
+        if left is np.float32
+        else ("MatMulInteger", [weights, zero], "int32")
+    )
+    node = helper.make_node(operator, ["x", *(constant.name for constant in constants)], ["y"])
     types = [helper.np_dtype_to_tensor_dtype(np.dtype(dtype)) for dtype in (left, result)]
     graph = helper.make_graph(
         [node],

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from gemma_export import errors
 from gemma_export.errors import GemmaExportError
@@ -62,12 +62,8 @@ def run_process(command: Sequence[str]) -> Ended:
         process.returncode = os.waitstatus_to_exitcode(status)
         seconds, busy = perf_counter() - begin, _busy_seconds() - busy
         own = usage.ru_utime + usage.ru_stime
-        texts = []
-        for file in (out, err):
-            file.seek(0)
-            texts.append(file.read().decode("utf-8", "replace"))
-    others = max(0.0, busy - own) / seconds
-    return Ended(process.returncode, *texts, usage.ru_maxrss * 1024, others)
+        others = max(0.0, busy - own) / seconds
+        return Ended(process.returncode, _text(out), _text(err), usage.ru_maxrss * 1024, others)
 
 
 def run_worker(job: str, arguments: Mapping[str, Any], result: type[T]) -> tuple[T, float]:
@@ -115,6 +111,12 @@ def own_peak() -> int:
     """The most memory that this process has had resident so far, in bytes."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def _text(file: IO[bytes]) -> str:
+    """All that was written to a file."""
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")
 
 
 def _busy_seconds() -> float:

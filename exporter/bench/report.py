@@ -6,11 +6,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 from gemma_export.exporter.bench.limits import bytes_per_token, decode_seconds, prefill_seconds
 from gemma_export.exporter.bench.rounds import OURS, Round
-from gemma_export.exporter.bench.values import Machine, Plan, StepParts, Timing, Turn
+from gemma_export.exporter.bench.values import Plan, StepParts, Timing, Turn
 from gemma_export.runtime.manifest import Manifest
 from gemma_export.version import __version__
 
@@ -139,8 +139,8 @@ class Report:
 
     def figures(self) -> list[Figure]:
         """All figures, in the order of a run."""
-        decode = [self._speed("decode", "decode", depth) for depth in self.plan.depths]
-        prefill = [self._speed("prefill", "prefill", length) for length in self.plan.prompts]
+        decode = [self._speed("decode", depth) for depth in self.plan.depths]
+        prefill = [self._speed("prefill", length) for length in self.plan.prompts]
         return [self._load(), self._first_token(), *prefill, *decode, self._memory()]
 
     def machine(self, name: str) -> Spread | None:
@@ -176,40 +176,44 @@ class Report:
             "step": None if self.step is None else asdict(self.step),
         }
 
-    def _speed(self, name: str, field: str, at: int) -> Figure:
+    def _speed(self, name: Literal["prefill", "decode"], at: int) -> Figure:
         def timing(turn: Turn) -> Timing | None:
-            return next((timing for timing in getattr(turn, field) if timing.at == at), None)
+            return next((timing for timing in getattr(turn, name) if timing.at == at), None)
 
-        values = {who: [timing(round_.turns[who]) for round_ in self.rounds] for who in self.rounds[0].turns}
-        rates = {who: _all([timing and timing.per_second for timing in row]) for who, row in values.items()}
-        limits = []
-        for round_, ours in zip(self.rounds, values[OURS], strict=True):
-            assert ours is not None
-            least = self._least_seconds(name, round_.machine, ours)
-            limits.append(least and least / ours.seconds)
-        return _figure(name, at, "tok/s", rates, _all(limits), larger_is_better=True)
+        rates = {
+            who: _all([_of(timing(turn), "per_second") for turn in self._turns(who)])
+            for who in self.rounds[0].turns
+        }
+        shares = self._shares(name, [timing(turn) for turn in self._turns(OURS)])
+        return _figure(name, at, "tok/s", rates, shares, larger_is_better=True)
 
-    def _least_seconds(self, name: str, machine: Machine | None, timing: Timing) -> float | None:
-        if machine is None:
-            return None
-        if name == "decode":
-            return decode_seconds(self.manifest, machine, timing)
-        return prefill_seconds(self.manifest, machine, timing, self.plan.chunk)
+    def _shares(self, name: str, timings: Sequence[Timing | None]) -> list[float] | None:
+        """In each round the least time that the machine needs, divided by the time that it took."""
+        shares: list[float | None] = []
+        for round_, timing in zip(self.rounds, timings, strict=True):
+            least = None
+            if round_.machine is not None and timing is not None:
+                least = (
+                    decode_seconds(self.manifest, round_.machine, timing)
+                    if name == "decode"
+                    else prefill_seconds(self.manifest, round_.machine, timing, self.plan.chunk)
+                )
+            shares.append(least / timing.seconds if least is not None and timing is not None else None)
+        return _all(shares)
 
     def _load(self) -> Figure:
         seconds = {who: _all([turn.load for turn in self._turns(who)]) for who in self.rounds[0].turns}
         return _figure("load", None, "s", seconds, None, larger_is_better=False)
 
     def _first_token(self) -> Figure:
-        timings = {who: [turn.first_token for turn in self._turns(who)] for who in self.rounds[0].turns}
-        seconds = {who: _all([timing and timing.seconds for timing in row]) for who, row in timings.items()}
-        limits, at = [], 0
-        for round_, ours in zip(self.rounds, timings[OURS], strict=True):
-            assert ours is not None
-            at = ours.tokens
-            least = self._least_seconds("prefill", round_.machine, ours)
-            limits.append(least and least / ours.seconds)
-        return _figure("first token", at, "s", seconds, _all(limits), larger_is_better=False)
+        seconds = {
+            who: _all([_of(turn.first_token, "seconds") for turn in self._turns(who)])
+            for who in self.rounds[0].turns
+        }
+        ours = [turn.first_token for turn in self._turns(OURS)]
+        at = max(timing.tokens for timing in ours if timing is not None)
+        shares = self._shares("first token", ours)
+        return _figure("first token", at, "s", seconds, shares, larger_is_better=False)
 
     def _memory(self) -> Figure:
         peaks = {who: [float(turn.peak) for turn in self._turns(who)] for who in self.rounds[0].turns}
@@ -256,6 +260,11 @@ def _figure(
             peers[who] = _spread(theirs)
             ratios[who] = _spread([a / b if larger_is_better else b / a for a, b in pairs])
     return Figure(name, at, unit, _spread(ours), None if limits is None else _spread(limits), peers, ratios)
+
+
+def _of(timing: Timing | None, name: str) -> float | None:
+    """A field of a timing, where there is one."""
+    return None if timing is None else float(getattr(timing, name))
 
 
 def _all(values: Iterable[float | None]) -> list[float] | None:
