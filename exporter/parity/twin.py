@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from gemma_export.graphs.passes.emulate_half import emulate_half
 from gemma_export.graphs.passes.fuse_transposes import fuse_transposes
+from gemma_export.graphs.passes.multiply_codes import multiply_codes
 from gemma_export.graphs.passes.remove_dead_code import remove_dead_code
 from gemma_export.graphs.passes.rows_at_a_time import rows_at_a_time
 from gemma_export.graphs.passes.unfuse import unfuse
@@ -24,7 +25,7 @@ def measurable_session(folder: Path) -> Session:
     A graph that computes in fp32 is run as it is; one that computes in 16 bits is run through a twin that
     rounds where the graph would (`graphs.passes.emulate_half`), or a GPU inside an operator of onnxruntime's
     own would (`graphs.passes.unfuse`). Its weights stay as they are stored and are made numbers in each step,
-    one product's at a time: it needs the bundle's memory and a layer's.
+    a few rows at a time: it needs the bundle's memory and little more.
 
     Raises:
         BundleError: It is damaged or cannot be loaded.
@@ -35,6 +36,7 @@ def measurable_session(folder: Path) -> Session:
     model = ir.load(bundle.file(bundle.manifest.graph.file))
     unfuse(model)
     emulate_half(model)
+    multiply_codes(model)
     rows_at_a_time(model)
     fuse_transposes(model)
     remove_dead_code(model)

@@ -1,10 +1,12 @@
 """Weights that are made numbers when they are used are made so in as few rows as that use needs.
 
-    Gather(f(W), ids)         →  f(Gather(W, ids))
-    MatMul(x, Transpose(f(W)))  →  Concat(MatMul(x, Transpose(f(rows of W))), …)
+    Gather(f(W), ids)                      →  f(Gather(W, ids))
+    Gather(Transpose(f(W)), ids, axis 1)   →  Transpose(f(Gather(W, ids)))
+    MatMul(x, Transpose(f(W)))             →  Concat(MatMul(x, Transpose(f(rows of W))), …)
 
 where W is stored and f casts each number, or says what each code stands for with one scale for all. Whole,
-Gemma's table in fp32 is 2 GB in the middle of every step; in rows it is no more than a layer's weights are.
+Gemma's table in fp32 is 2 GB in the middle of every step. In rows that a core's cache holds, what is made is
+multiplied before it goes to memory, which is most of what it costs.
 
 A product is split where its weight has more than `most` numbers; its result is the same number by number.
 
@@ -19,8 +21,8 @@ import onnx_ir as ir
 from gemma_export.graphs.passes.patterns import scalar, stand_in
 from gemma_export.graphs.passes.quantized_layers import add_constant, take_place
 
-MOST_NUMBERS = 1 << 26
-"""A layer of Gemma 2B in fp32 is 110 million numbers, of which these are one product's."""
+MOST_NUMBERS = 1 << 20
+"""4 MiB in fp32."""
 
 
 def rows_at_a_time(model: ir.Model, most: int = MOST_NUMBERS) -> int:
@@ -35,6 +37,8 @@ def rows_at_a_time(model: ir.Model, most: int = MOST_NUMBERS) -> int:
     for node in list(graph):
         if node.op_type == "Gather" and (chain := _chain(node.inputs[0])):
             _look_up_first(graph, node, chain)
+        elif node.op_type == "Gather" and (chain := _chain_of_view(node)):
+            _look_up_first(graph, node, chain, turned=True)
         elif node.op_type == "MatMul" and (found := _large_product(node, most)) is not None:
             _split_product(graph, node, *found, most)
         else:
@@ -52,6 +56,15 @@ def _chain(value: ir.Value | None) -> list[ir.Node]:
         nodes.insert(0, node)
         value = node.inputs[0]
     return nodes if _is_stored(value) else []
+
+
+def _chain_of_view(lookup: ir.Node) -> list[ir.Node]:
+    """The nodes that make the matrix whose columns are looked up, as a product reads it; or none."""
+    view = None if lookup.inputs[0] is None else lookup.inputs[0].producer()
+    if view is None or view.op_type != "Transpose" or lookup.attributes.get_int("axis", 0) != 1:
+        return []
+    ids = lookup.inputs[1]
+    return _chain(view.inputs[0]) if ids is not None and ids.shape is not None and len(ids.shape) == 2 else []
 
 
 def _has_one_scale(node: ir.Node) -> bool:
@@ -78,15 +91,22 @@ def _copy(graph: ir.Graph, chain: list[ir.Node], value: ir.Value, before: ir.Nod
     return value
 
 
-def _look_up_first(graph: ir.Graph, lookup: ir.Node, chain: list[ir.Node]) -> None:
-    table, found = chain[0].inputs[0], lookup.outputs[0]
+def _look_up_first(graph: ir.Graph, lookup: ir.Node, chain: list[ir.Node], *, turned: bool = False) -> None:
+    """Looks up [.., d] in what is stored; turned, the result is [d, ..]."""
+    table, ids, found = chain[0].inputs[0], lookup.inputs[1], lookup.outputs[0]
     assert table is not None
-    gather = ir.node("Gather", [table, lookup.inputs[1]], attributes=lookup.attributes)
+    assert table.shape is not None
+    assert ids is not None
+    gather = ir.node("Gather", [table, ids])
     rows = gather.outputs[0]
     stand_in(rows, table)
-    rows.name, rows.shape = f"{found.name}.rows", found.shape
+    rows.name, rows.shape = f"{found.name}.rows", ir.Shape([*(ids.shape or ()), table.shape[1]])
     graph.insert_before(lookup, gather)
-    last = _copy(graph, chain, rows, before=lookup).producer()
+    numbers = _copy(graph, chain, rows, before=lookup)
+    last = numbers.producer()
+    if turned:
+        last = ir.node("Transpose", [numbers], attributes={"perm": [2, 0, 1]})
+        graph.insert_before(lookup, last)
     assert last is not None
     take_place(graph, lookup, last)
 

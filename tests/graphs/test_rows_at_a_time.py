@@ -43,7 +43,12 @@ LEFT_ALONE = {
 }
 
 
-def tied(chain: str, stored: dict[str, np.ndarray]) -> ir.Model:
+AS_STORED = "rows = Gather(numbers, ids)"
+AS_THE_HEAD_READS_IT = """columns = Gather<axis = 1>(turned, ids)
+            rows = Transpose<perm = [1, 2, 0]>(columns)"""
+
+
+def tied(chain: str, stored: dict[str, np.ndarray], lookup: str = AS_STORED) -> ir.Model:
     """A lookup and a head over one stored table."""
     types = {"float16": "float16", "float32": "float", "int8": "int8"}
     inputs = ", ".join(
@@ -54,8 +59,8 @@ def tied(chain: str, stored: dict[str, np.ndarray]) -> ir.Model:
             => (float[1, 4, {WIDTH}] rows, float[1, 4, {ROWS}] y)
         {{
             {chain}
-            rows = Gather(numbers, ids)
             turned = Transpose<perm = [1, 0]>(numbers)
+            {lookup}
             y = MatMul(x, turned)
         }}""",
         **stored,
@@ -67,15 +72,16 @@ def shapes(model: ir.Model) -> list[int]:
     return [int(node.outputs[0].shape[0]) for node in model.graph if node.op_type == "Slice"]
 
 
+@pytest.mark.parametrize("lookup", [AS_STORED, AS_THE_HEAD_READS_IT], ids=["as stored", "as the head reads"])
 @pytest.mark.parametrize("name", TABLES)
-def test_rows_give_what_the_whole_gives(name: str) -> None:
-    model = tied(*TABLES[name])
+def test_rows_give_what_the_whole_gives(name: str, lookup: str) -> None:
+    model = tied(*TABLES[name], lookup)
     whole = run(model, FEEDS)
     assert rows_at_a_time(model, most=10 * WIDTH) == 2
     assert shapes(model) == [10, 10, 10, 7]
     assert model.graph.outputs[1].producer().op_type == "Concat"
-    lookup = next(node for node in model.graph if node.op_type == "Gather")
-    assert lookup.inputs[0] is model.graph.initializers["table"]
+    gather = next(node for node in model.graph if node.op_type == "Gather")
+    assert gather.inputs[0] is model.graph.initializers["table"]
     for output, values in run(model, FEEDS).items():
         np.testing.assert_array_equal(values, whole[output])
 
@@ -86,9 +92,10 @@ def test_a_product_that_is_small_enough_stays_whole() -> None:
     assert shapes(model) == []
 
 
+@pytest.mark.parametrize("lookup", [AS_STORED, AS_THE_HEAD_READS_IT], ids=["as stored", "as the head reads"])
 @pytest.mark.parametrize("name", LEFT_ALONE)
-def test_what_is_made_otherwise_is_left_alone(name: str) -> None:
-    model = tied(*LEFT_ALONE[name])
+def test_what_is_made_otherwise_is_left_alone(name: str, lookup: str) -> None:
+    model = tied(*LEFT_ALONE[name], lookup)
     before = ir.to_proto(model).SerializeToString()
     assert rows_at_a_time(model, most=10 * WIDTH) == 0
     assert ir.to_proto(model).SerializeToString() == before
