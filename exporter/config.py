@@ -17,7 +17,7 @@ from gemma_export.exporter.config_json import gemma_fields, read_json
 from gemma_export.exporter.released import RELEASED, REPOSITORIES
 
 CONFIG_FILE = "config.json"
-SHIPPED = {"tiny": "gemma-tiny"}
+SHIPPED = {"tiny": "gemma-tiny", "tiny2": "gemma-tiny2"}
 """Names of the models that ship with the project, by size."""
 SIZES = (*SHIPPED, *RELEASED)
 

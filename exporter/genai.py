@@ -4,6 +4,10 @@ onnxruntime-genai reads the first: it tells the names of the graph's inputs and 
 how to search. It throws on a key it does not know, so there is nothing in it but what it needs. The format of
 the caches, int8 among them, it takes from the graph.
 
+Where local layers' caches roll, it is told their length and to read a prompt in chunks of the size they take.
+It reads a first prompt so, and later tokens all at once: those that a rolling cache cannot take, the graph's
+own operator refuses (`exporter.decoder.written_slots`).
+
 The graph has no padding (docs/design.md), and onnxruntime-genai pads the shorter rows of a batch on the left:
 it may run a batch only of prompts of one length.
 
@@ -16,13 +20,19 @@ from typing import Any
 
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.tokenizer.files import TokenizerFacts
+from gemma_export.runtime.rolling import RollingCache
 
 GENAI_CONFIG = "genai_config.json"
 GENERATION_CONFIG = "generation_config.json"
 
 
 def genai_config(
-    config: GemmaConfig, tokenizer: TokenizerFacts, *, max_length: int, graph_file: str = "model.onnx"
+    config: GemmaConfig,
+    tokenizer: TokenizerFacts,
+    *,
+    max_length: int,
+    graph_file: str = "model.onnx",
+    rolling: RollingCache | None = None,
 ) -> dict[str, Any]:
     """What onnxruntime-genai has to know of a bundle.
 
@@ -31,7 +41,17 @@ def genai_config(
         tokenizer: The ids of the control tokens.
         max_length: S, the slots of a cache row.
         graph_file: The graph's file, relative to the bundle.
+        rolling: Which caches roll; None where none does.
     """
+    caches: dict[str, Any] = {}
+    if rolling is not None:
+        caches["sliding_window"] = {
+            # It makes a cache of window_size + chunk_size - 1 slots.
+            "window_size": rolling.slots - rolling.chunk + 1,
+            "slide_key_value_cache": False,
+            "slide_inputs": False,
+            "layers": list(rolling.layers),
+        }
     return {
         "model": {
             "type": config.family,
@@ -62,6 +82,7 @@ def genai_config(
                     "present_key_names": "present.%d.key",
                     "present_value_names": "present.%d.value",
                 },
+                **caches,
             },
         },
         "search": {
@@ -69,6 +90,7 @@ def genai_config(
             "max_length": max_length,
             # The graph writes new keys and values into the buffer it was given.
             "past_present_share_buffer": True,
+            **({} if rolling is None else {"chunk_size": rolling.chunk}),
         },
     }
 
@@ -96,13 +118,14 @@ def write_genai_config(
     *,
     max_length: int,
     graph_file: str = "model.onnx",
+    rolling: RollingCache | None = None,
 ) -> None:
     """Writes `genai_config.json` and `generation_config.json`; the arguments are `genai_config`'s.
 
     Raises:
         OSError: The folder cannot be written.
     """
-    settings = genai_config(config, tokenizer, max_length=max_length, graph_file=graph_file)
+    settings = genai_config(config, tokenizer, max_length=max_length, graph_file=graph_file, rolling=rolling)
     _write(folder / GENAI_CONFIG, settings)
     _write(folder / GENERATION_CONFIG, generation_config(tokenizer, max_length=max_length))
 

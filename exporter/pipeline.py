@@ -49,6 +49,7 @@ from gemma_export.runtime.manifest import (
     QuantizationInfo,
     QuantizedTensor,
 )
+from gemma_export.runtime.rolling import RollingCache
 
 CODES_FOLDER = ".codes"
 
@@ -106,7 +107,7 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
             facts["cache saved"] = f"{rolling.saved_per_row:,} bytes per row"
     with new_bundle(output, force=request.force) as folder:
         with events.stage(listener, "tokenizer") as facts:
-            tokens = _write_configurations(source, slots, folder)
+            tokens = _write_configurations(source, slots, rolling, folder)
             facts |= {"pieces": tokens.pieces, "stop": list(tokens.stop_ids)}
         # Codes that calibration chose are read back while the weights are written, and are not kept.
         # They lie in the folder that the next build clears, should this one be killed.
@@ -255,7 +256,9 @@ def _compile(engines: EngineRequest, manifest: Manifest, folder: Path, listener:
     return replace(manifest, engines=built, files=describe_files(folder, dict(manifest.files)))
 
 
-def _write_configurations(source: Source, slots: int, folder: Path) -> TokenizerFacts:
+def _write_configurations(
+    source: Source, slots: int, rolling: RollingCache | None, folder: Path
+) -> TokenizerFacts:
     """Writes what a client other than this project's runtime needs, and the tokenizer that both read."""
     tokens = write_tokenizer(
         source.write_tokenizer_model(folder),
@@ -263,7 +266,7 @@ def _write_configurations(source: Source, slots: int, folder: Path) -> Tokenizer
         context_length=slots,
         vocab_size=source.config.vocab_size,
     )
-    write_genai_config(folder, source.config, tokens, max_length=slots)
+    write_genai_config(folder, source.config, tokens, max_length=slots, rolling=rolling)
     return tokens
 
 

@@ -1,1 +1,1 @@
-"""The trained model that ships with the project; `recipes/tiny` made it."""
+"""The trained model of the first generation that ships with the project; `recipes/tiny` made it."""

@@ -111,15 +111,19 @@ def test_python_in_the_readme_compiles() -> None:
 
 
 def test_the_readme_has_the_shipped_models_figures() -> None:
-    held_out = json.loads((ROOT / "exporter/tiny/training.json").read_text(encoding="utf-8"))["held_out"]
+    trained = [
+        json.loads((ROOT / "exporter" / size / "training.json").read_text(encoding="utf-8"))["held_out"]
+        for size in ("tiny", "tiny2")
+    ]
     for row, name in {
         "Shakespeare's plays": "shakespeare",
         "*Frankenstein*": "frankenstein",
         "both": "both",
     }.items():
-        figures = held_out[name]
-        assert f"| {row} | {figures['perplexity']:.1f} | {figures['bits_per_byte']:.2f} |" in README
-    assert f"a perplexity of {held_out['both']['unigram_perplexity']:.0f}" in README
+        cells = [f"{texts[name]['perplexity']:.1f} | {texts[name]['bits_per_byte']:.2f}" for texts in trained]
+        assert f"| {row} | {' | '.join(cells)} |" in README
+    for texts in trained:
+        assert f"a perplexity of {texts['both']['unigram_perplexity']:.0f}" in README
 
 
 def test_links_in_the_documents_lead_somewhere() -> None:

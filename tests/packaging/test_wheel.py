@@ -19,7 +19,14 @@ ROOT = Path(__file__).parents[2]
 ROOMS = ("calibration", "exporter", "graphs", "runtime")
 KERNELS = "gemma_export/runtime/native/_kernels.abi3.so"
 """Which is there where there is a C compiler (`test_native_kernels`)."""
-TINY = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.model", "training.json"}
+SHIPPED = ("tiny", "tiny2")
+SHIPPED_FILES = {
+    "config.json",
+    "generation_config.json",
+    "model.safetensors",
+    "tokenizer.model",
+    "training.json",
+}
 MOST_WEIGHT = 16_000_000
 
 
@@ -48,14 +55,15 @@ def run(installed: Path, *command: str) -> "subprocess.CompletedProcess[str]":
     )
 
 
-def test_holds_every_module_and_the_tiny_model_and_nothing_else(names: set[str]) -> None:
+def test_holds_every_module_and_the_tiny_models_and_nothing_else(names: set[str]) -> None:
     modules = {
         f"gemma_export/{path.relative_to(ROOT).as_posix()}"
         for room in ROOMS
         for path in (ROOT / room).rglob("*.py")
     }
     modules |= {path.relative_to(ROOT / "src").as_posix() for path in (ROOT / "src").rglob("*.py")}
-    data = {f"gemma_export/exporter/tiny/{name}" for name in TINY} | {"gemma_export/py.typed"}
+    data = {f"gemma_export/exporter/{size}/{name}" for size in SHIPPED for name in SHIPPED_FILES}
+    data |= {"gemma_export/py.typed"}
     packaged = {name for name in names if ".dist-info/" not in name}
     assert packaged - {KERNELS} == modules | data
 
@@ -93,19 +101,20 @@ def test_running_needs_nothing_that_building_needs(installed: Path, code: str) -
     assert done.stdout.split() == []
 
 
-def test_the_shipped_model_builds_from_where_it_is_installed(installed: Path) -> None:
+@pytest.mark.parametrize("model", SHIPPED)
+def test_a_shipped_model_builds_from_where_it_is_installed(installed: Path, model: str) -> None:
     code = (
         "from gemma_export.exporter.source import open_source\n"
-        "source = open_source(size='tiny')\n"
+        f"source = open_source(size={model!r})\n"
         "print(source.checkpoint.folder, source.tokenizer, source.size)"
     )
     done = run(installed, "-c", code)
     assert done.returncode == 0, done.stderr
     folder, tokenizer, size = done.stdout.split()
     assert (Path(folder), Path(tokenizer).parent, size) == (
-        installed / "gemma_export/exporter/tiny",
-        installed / "gemma_export/exporter/tiny",
-        "tiny",
+        installed / "gemma_export/exporter" / model,
+        installed / "gemma_export/exporter" / model,
+        model,
     )
 
 
@@ -149,8 +158,9 @@ def test_every_dependency_has_a_lower_bound(project: dict[str, Any]) -> None:
     assert [line for line in declared if not any(bound in line for bound in (">=", "~="))] == []
 
 
-def test_the_shipped_weights_are_small_and_in_bfloat16() -> None:
-    path = ROOT / "exporter/tiny/model.safetensors"
+@pytest.mark.parametrize("model", SHIPPED)
+def test_the_shipped_weights_are_small_and_in_bfloat16(model: str) -> None:
+    path = ROOT / "exporter" / model / "model.safetensors"
     assert path.stat().st_size <= MOST_WEIGHT
     with safe_open(path, framework="numpy") as tensors:
         shapes = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118  # Not a mapping.
@@ -161,4 +171,4 @@ def test_the_shipped_weights_are_small_and_in_bfloat16() -> None:
             for extent in part.get_shape():
                 size *= extent
             parameters += size
-    assert parameters == json.loads((ROOT / "exporter/tiny/training.json").read_text())["parameters"]
+    assert parameters == json.loads((path.parent / "training.json").read_text())["parameters"]

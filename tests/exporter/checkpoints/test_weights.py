@@ -231,7 +231,7 @@ def test_config_json_wins_and_must_be_of_the_size_asked_for() -> None:
 
 
 def test_without_config_json_an_unknown_shape_is_refused() -> None:
-    with pytest.raises(CheckpointError, match="tiny, 2b, 7b") as caught:
+    with pytest.raises(CheckpointError, match="tiny, tiny2, 2b, 7b") as caught:
         config_for(shapes_only(LITTLE))
     assert "config.json" in caught.value.hint
 
