@@ -80,3 +80,24 @@ def test_the_second_generation_says_the_same_around_and_beyond_its_window(
         expected = session.generate_tokens(prompt, max_new_tokens=24, stop_tokens=())
         # It ends where a stop token comes, which these weights have no reason to give.
         assert greedy(model, prompt, 24) == expected
+
+
+def test_local_caches_roll_as_in_the_projects_runtime(
+    build_once: Callable[..., BuildResult], checkpoint_of: Callable[[str], Path]
+) -> None:
+    bundle = build_once(
+        checkpoint=checkpoint_of("gemma2"), target="onnx", max_length=640, logits="all", local_cache="rolling"
+    ).path
+    session, model = load(bundle, threads=1), og.Model(str(bundle))
+    for length in (63, 129, 500):
+        prompt = random_tokens(length, seed=length)
+        # Its caches have the length of its configuration, whatever a search may be given.
+        generator = og.Generator(model, og.GeneratorParams(model))
+        generator.append_tokens(prompt)
+        for _ in range(100):
+            generator.generate_next_token()
+        answer = [int(token) for token in generator.get_sequence(0)[length:]]
+        assert answer == session.generate_tokens(prompt, max_new_tokens=100, stop_tokens=())
+    # Later tokens it runs at once: more than the caches take are refused, and are not answered wrongly.
+    with pytest.raises(RuntimeError, match="exceeds max_sequence_length"):
+        generator.append_tokens(random_tokens(66))
