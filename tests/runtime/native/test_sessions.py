@@ -1,0 +1,136 @@
+"""The kernels in a session: they run in place of onnxruntime's, over the file's own memory, or not at all."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from support.matmul_nbits import BUILT_IN, Floats, Product, available, running, session
+
+from gemma_export.exporter.pipeline import build
+from gemma_export.exporter.request import BuildRequest
+from gemma_export.runtime import native
+from gemma_export.runtime.bundle import open_bundle
+from gemma_export.runtime.native import kernels, library
+from gemma_export.runtime.onnxruntime import OnnxRuntimeBackend
+from gemma_export.runtime.session import load
+
+KERNELS = available()
+compiled = pytest.mark.skipif(not KERNELS, reason="the kernels are not compiled here")
+
+PROMPT = "Where is the king?"
+
+
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, measured against its checkpoint; outside of its budget there would be no bundle."""
+    output = tmp_path_factory.mktemp("native") / request.param
+    scheme = {"int8": "w8a16", "int4": "w4a16"}[request.param]
+    return build(
+        BuildRequest(
+            output=output,
+            size="tiny",
+            precision=request.param,
+            scheme_name=scheme,
+            no_calibration=True,
+            parity="quick",
+        )
+    ).path
+
+
+@compiled
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what memory is a file's")
+def test_weights_are_not_copied(tmp_path: Path) -> None:
+    product = Product(rows=16384, blocks=8, block=256, bits=8)
+    path = tmp_path / "product.onnx"
+    onnx.save(product.graph(), path, save_as_external_data=True, location="product.data")
+    x = np.ones((1, product.columns), np.float32)
+
+    def growth(name: str) -> int:
+        before = anonymous()
+        running_session = session(path, name)
+        running_session.run(None, {"x": x})
+        return anonymous() - before
+
+    assert growth(KERNELS[-1]) < product.codes.nbytes // 4
+    # What onnxruntime's own packs, or else this would see no copy of ours either.
+    assert growth(BUILT_IN) > product.codes.nbytes // 2
+
+
+def anonymous() -> int:
+    """Bytes of this process's memory that are no file's."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    (line,) = [line for line in lines if line.startswith("RssAnon")]
+    return int(line.split()[1]) * 1024
+
+
+@compiled
+@pytest.mark.slow
+def test_a_bundle_says_the_same_with_them_and_without(quantized_bundle: Path) -> None:
+    logits = {name: last_logits(quantized_bundle, name) for name in (*KERNELS, BUILT_IN)}
+    for name in KERNELS:
+        np.testing.assert_array_equal(logits[name], logits[KERNELS[0]])
+    # Codes of x that lie between two numbers may be rounded to either; a logit is off by far less than the
+    # difference of one weight's code would make of it.
+    spread = np.ptp(logits[BUILT_IN])
+    assert np.abs(logits[KERNELS[0]] - logits[BUILT_IN]).max() < 0.01 * spread
+
+
+def last_logits(bundle: Path, name: str) -> Floats:
+    with running(name):
+        opened = load(bundle, threads=2)
+    return opened.logits(opened.tokenizer.encode(PROMPT))[-1]
+
+
+@compiled
+@pytest.mark.slow
+def test_a_bundle_writes_with_them(quantized_bundle: Path) -> None:
+    text = {}
+    for name in KERNELS:
+        with running(name):
+            opened = load(quantized_bundle, threads=2)
+        text[name] = opened.generate(PROMPT, max_new_tokens=24).text
+    assert len(text[KERNELS[0]]) > 20
+    assert set(text.values()) == {text[KERNELS[0]]}
+
+
+@pytest.mark.slow
+def test_a_graph_that_is_given_runs_on_onnxruntimes_own(
+    quantized_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registered: list[str] = []
+    monkeypatch.setattr(
+        ort.SessionOptions, "register_custom_ops_library", lambda _, path: registered.append(path)
+    )
+    bundle = open_bundle(quantized_bundle, check="sizes")
+    OnnxRuntimeBackend(bundle, 1)
+    assert registered == ([] if library() is None else [str(library())])
+    registered.clear()
+    OnnxRuntimeBackend(bundle, 1, graph=(quantized_bundle / "model.onnx").read_bytes())
+    assert registered == []
+
+
+@compiled
+def test_the_environment_names_the_kernels() -> None:
+    for name in KERNELS:
+        with running(name):
+            assert kernels() == name
+            assert library() is not None
+    with running(BUILT_IN):
+        assert kernels() is None
+        assert library() is None
+
+
+@pytest.mark.parametrize("content", [None, b"not a library"], ids=["missing", "damaged"])
+def test_without_a_library_nothing_is_registered(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = Path(native.__file__)
+    shutil.copyfile(package, tmp_path / "__init__.py")
+    if content is not None:
+        (tmp_path / "_kernels.abi3.so").write_bytes(content)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "__init__.py"))
+    assert library() is None
+    assert kernels() is None
