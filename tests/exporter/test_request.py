@@ -75,11 +75,11 @@ def test_request_is_frozen() -> None:
 @pytest.mark.parametrize(
     ("values", "message", "hint"),
     [
-        ({"size": "3b"}, "no size '3b'", "tiny, 2b, 7b"),
+        ({"size": "3b"}, "no size '3b'", "tiny, tiny2, 2b, 7b"),
         ({"size": "tiny", "precision": "int2"}, "'int2' cannot be built", "fp32, fp16, bf16, int8, int4"),
-        ({"size": "tiny", "target": "tpu"}, "no target 'tpu'", "cpu and onnx"),
+        ({"size": "tiny", "target": "tpu"}, "no target 'tpu'", "cpu, onnx, rtx, tensorrt, cuda"),
         ({}, "Neither a size nor a checkpoint", "--checkpoint PATH"),
-        ({"random_weights": True}, "needs a size", "tiny, 2b, 7b"),
+        ({"random_weights": True}, "needs a size", "tiny, tiny2, 2b, 7b"),
         ({"random_weights": True, "size": "2b", "checkpoint": Path("x")}, "contradict", "--checkpoint"),
         ({"size": "tiny", "seed": 0}, "--seed", "Leave --seed out"),
         ({"size": "tiny", "random_weights": True, "seed": -1}, "is negative", "0 or more"),
