@@ -15,12 +15,16 @@ from gemma_export.exporter.checkpoints.tensor import rows_of
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.source import open_source
 
-# Each norm of a layer, and what reads what it makes. The last norm is not among them: its reader is the
-# embedding table, which is looked up as well.
-READERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
+
+def readers(config: GemmaConfig) -> dict[str, tuple[str, ...]]:
+    """Each norm of a layer that products read, and the products.
+
+    The last norm is not among them: its reader is the embedding table, which is looked up as well.
+    """
+    return {
+        "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        config.mlp_norm: ("mlp.gate_proj", "mlp.up_proj"),
+    }
 
 
 def outlier_channels(config: GemmaConfig, count: int = 3) -> list[int]:
@@ -51,11 +55,11 @@ def plant_outliers(source: Path, folder: Path, *, factor: float = 64.0, count: i
     weights = {name: tensor.read(0, rows_of(tensor)).float() for name, tensor in opened.weights.items()}
     channels = outlier_channels(opened.config, count)
     for i in range(opened.config.num_layers):
-        for norm, readers in READERS.items():
+        for norm, products in readers(opened.config).items():
             gain = weights[f"layers.{i}.{norm}.weight"]
             gain[channels] = (factor * (1 + gain[channels].double()) - 1).float()
-            for reader in readers:
-                weights[f"layers.{i}.{reader}.weight"][:, channels] /= factor
+            for product in products:
+                weights[f"layers.{i}.{product}.weight"][:, channels] /= factor
     folder.mkdir(parents=True)
     tensors = {f"model.{name}": weight.contiguous() for name, weight in weights.items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

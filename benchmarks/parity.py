@@ -1,6 +1,6 @@
-"""How far the shipped model is from its reference for every target, in every precision without scales.
+"""How far a shipped model is from its reference for every target, in every precision without scales.
 
-    python benchmarks/parity.py [--level quick|full]
+    python benchmarks/parity.py [--size tiny|tiny2] [--level quick|full]
 
 Builds each bundle in a temporary folder and prints what its gate measured. Speed is not measured here.
 """
@@ -9,6 +9,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
+from gemma_export.exporter.config import SHIPPED
 from gemma_export.exporter.pipeline import build
 from gemma_export.exporter.request import SCHEMES, BuildRequest
 
@@ -18,8 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--size", choices=SHIPPED, default="tiny")
     parser.add_argument("--level", choices=["quick", "full"], default="full")
-    level = parser.parse_args().level
+    arguments = parser.parse_args()
     print(
         "| target | precision | tokens | largest error | mean KL | same first choice | perplexity | verdict |"
     )
@@ -29,10 +31,10 @@ def main() -> None:
         for target, precision in floating:
             request = BuildRequest(
                 output=Path(folder) / f"{target}-{precision}",
-                size="tiny",
+                size=arguments.size,
                 target=target,
                 precision=precision,
-                parity=level,
+                parity=arguments.level,
                 allow_parity_failure=True,
             )
             report = build(request).report

@@ -1,7 +1,8 @@
-"""What int8 and int4 bundles cost: in fidelity on the shipped model, in memory, time and bytes at 2B.
+"""What int8 and int4 bundles cost: in fidelity on the shipped models, in memory, time and bytes at 2B.
 
     python benchmarks/quantization.py                          the shipped model, every scheme
-    python benchmarks/quantization.py --outliers               the same with planted outlier channels
+    python benchmarks/quantization.py --size tiny2             the one of Gemma 2's architecture
+    python benchmarks/quantization.py --outliers               either with planted outlier channels
     python benchmarks/quantization.py --size 2b                bytes, peak memory and time of a 2B build
     python benchmarks/quantization.py --size 2b --calibration  and of a calibration on 128 × 512 tokens
 
@@ -36,7 +37,7 @@ from outliers import plant_outliers
 from build import Run, measure
 from gemma_export.calibration.text import builtin_texts
 from gemma_export.errors import GemmaExportError
-from gemma_export.exporter.config import preset, tiny_folder
+from gemma_export.exporter.config import SHIPPED, preset, tiny_folder
 from gemma_export.exporter.parity.twin import measurable_session
 from gemma_export.exporter.pipeline import build
 from gemma_export.exporter.quantize.collect import uncalibrated
@@ -115,17 +116,20 @@ def variants() -> Iterator[Variant]:
                 yield from (Variant(target, precision, scheme.name, block) for block in blocks)
 
 
-def measure_fidelity(text: Path | None, only: str, *, outliers: bool) -> None:
-    """Builds every variant of the shipped model, without calibration and with it, and prints a table.
+def measure_fidelity(size: str, text: Path | None, only: str, *, outliers: bool) -> None:
+    """Builds every variant of a shipped model, without calibration and with it, and prints a table.
 
     Args:
+        size: Which shipped model.
         text: A file to measure on as well.
         only: Part of the names of the variants that are wanted.
         outliers: Whether the checkpoint gets outlier channels.
     """
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        checkpoint = plant_outliers(tiny_folder(), folder / "checkpoint") if outliers else tiny_folder()
+        checkpoint = tiny_folder(size)
+        if outliers:
+            checkpoint = plant_outliers(checkpoint, folder / "checkpoint")
         bounds = INT8_OUTLIERS if outliers else INT8
         build(BuildRequest(output=folder / "fp32", checkpoint=checkpoint, logits="all", parity="none"))
         session = load(folder / "fp32", threads=1)
@@ -234,17 +238,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--size", choices=["tiny", "2b", "7b"], default="tiny")
-    parser.add_argument("--outliers", action="store_true", help="tiny: with planted outlier channels")
-    parser.add_argument("--text", type=Path, help="tiny: a text file to measure on as well")
-    parser.add_argument("--only", default="", help="tiny: bundles whose name has this in it")
+    parser.add_argument("--size", choices=[*SHIPPED, "2b", "7b"], default="tiny")
+    parser.add_argument(
+        "--outliers", action="store_true", help="a shipped model: with planted outlier channels"
+    )
+    parser.add_argument("--text", type=Path, help="a shipped model: a text file to measure on as well")
+    parser.add_argument("--only", default="", help="a shipped model: bundles whose name has this in it")
     parser.add_argument("--calibration", action="store_true", help="2b, 7b: measure a calibration too")
     parser.add_argument(
         "--folder", type=Path, default=None, help="2b, 7b: where to build; by default a temporary folder"
     )
     arguments = parser.parse_args()
-    if arguments.size == "tiny":
-        measure_fidelity(arguments.text, arguments.only, outliers=arguments.outliers)
+    if arguments.size in SHIPPED:
+        measure_fidelity(arguments.size, arguments.text, arguments.only, outliers=arguments.outliers)
     else:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
             measure_cost(arguments.size, Path(folder), calibration=arguments.calibration)

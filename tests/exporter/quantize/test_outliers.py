@@ -8,23 +8,24 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from benchmarks.outliers import READERS, outlier_channels, plant_outliers
-from gemma_export.exporter.config import tiny_folder
+from benchmarks.outliers import outlier_channels, plant_outliers, readers
+from gemma_export.exporter.config import SHIPPED, tiny_folder
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.source import Source, open_source
 
 TOKENS = (2, 700, 31, 1500, 1500, 9, 2047, 412, 88, 1033, 265, 640)
 
 
+@pytest.fixture(scope="module", params=SHIPPED)
+def shipped(request: pytest.FixtureRequest) -> Source:
+    return open_source(size=request.param)
+
+
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> Source:
+def planted(shipped: Source, tmp_path_factory: pytest.TempPathFactory) -> Source:
+    assert shipped.size is not None
     folder = tmp_path_factory.mktemp("outliers") / "checkpoint"
-    return open_source(plant_outliers(tiny_folder(), folder))
-
-
-@pytest.fixture(scope="module")
-def shipped() -> Source:
-    return open_source(size="tiny")
+    return open_source(plant_outliers(tiny_folder(shipped.size), folder))
 
 
 def _logits(source: Source) -> npt.NDArray[np.float32]:
@@ -34,9 +35,10 @@ def _logits(source: Source) -> npt.NDArray[np.float32]:
 def _norms(source: Source) -> dict[str, npt.NDArray[np.float32]]:
     """Largest value of each channel of every layer norm, [d]."""
     peaks: dict[str, npt.NDArray[np.float32]] = {}
+    norms = readers(source.config)
 
     def observe(name: str, values: npt.NDArray[np.float32]) -> None:
-        if name.rpartition(".")[2] in READERS:
+        if name.rpartition(".")[2] in norms:
             peaks[name] = np.abs(values).reshape(-1, values.shape[-1]).max(axis=0)
 
     Reference(source.config, source.weights).run([TOKENS], observe=observe, keep_cache=False)
