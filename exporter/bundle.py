@@ -89,8 +89,9 @@ def check_room(folder: Path, needed: int) -> None:
     Raises:
         StorageError: Too little is free.
     """
+    needed += MARGIN_BYTES
     free = shutil.disk_usage(folder).free
-    if free < needed + MARGIN_BYTES:
+    if free < needed:
         raise StorageError(
             f"The bundle needs {needed / 1e9:.2f} GB and the disk with {folder.parent} has "
             f"{free / 1e9:.2f} GB free.",

@@ -24,6 +24,7 @@ from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.engines.budget import MemoryPlan, check_memory
 from gemma_export.exporter.engines.options import EngineOptions
 from gemma_export.exporter.engines.preflight import check_compiler
+from gemma_export.exporter.engines.profiles import profiles_for, trtexec_command
 from gemma_export.exporter.engines.request import EngineRequest, Flavour, engine_files
 from gemma_export.exporter.schemes import scheme_for
 from gemma_export.runtime.bundle import Bundle, open_bundle
@@ -114,10 +115,13 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
         chunk=request.prefill_chunk,
         all_logits=manifest.graph.logits == "all",
         rolling=rolling,
+        sms=request.sms,
     )
     check_memory(plan, options.known_device, options.memory)
     graph = manifest.graph
-    check_compiler(request, bundle.path / graph.file, graph.inputs, graph.max_length)
+    file = bundle.path / graph.file
+    profiles = profiles_for(request, graph.max_length)
+    check_compiler(request, trtexec_command(file, graph.inputs, profiles, file.with_name("model.engine")))
     return request
 
 

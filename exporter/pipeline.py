@@ -42,7 +42,6 @@ from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.add_tail_logits import add_tail_logits
 from gemma_export.graphs.passes.quantize_cache import quantize_cache
 from gemma_export.graphs.storage import GRAPH_FILE, LeavesRangeError, StoredFile, external_bytes, write_model
-from gemma_export.runtime.kv_cache import layer_slots
 from gemma_export.runtime.manifest import (
     Manifest,
     ParitySummary,
@@ -233,16 +232,13 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
         block=request.block,
         all_logits=request.logits == "all",
         rolling=rolling,
+        sms=engines.sms,
     )
     check_memory(plan, request.engines.known_device, request.engines.memory)
     # Only a build with engines loads what compiles them.
     from gemma_export.exporter.engines.preflight import check_compiler
-    from gemma_export.exporter.engines.profiles import decoder_inputs
 
-    shape = source.config
-    each = layer_slots(shape.num_layers, slots, rolling)
-    inputs = decoder_inputs(each, shape.num_kv_heads, shape.head_dim, request.scheme.cache)
-    check_compiler(engines, Path(GRAPH_FILE), inputs, slots)
+    check_compiler(engines)
     return engines
 
 

@@ -122,7 +122,7 @@ def scheme_for(target: str, precision: str, name: str | None = None) -> Scheme:
     if target not in TARGETS:
         raise UsageError(
             f"There is no target {target!r}.",
-            f"The targets are {' and '.join(TARGETS)}; --target onnx is the graph that other runtimes take.",
+            f"Choose one of {', '.join(TARGETS)}; --target onnx is the graph that other runtimes take.",
         )
     schemes = SCHEMES.get((target, precision))
     if schemes is None:

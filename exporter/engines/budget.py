@@ -27,7 +27,7 @@ from dataclasses import dataclass, replace
 from gemma_export.errors import UsageError
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.engines.devices import DEVICES, GIB, Device
-from gemma_export.exporter.engines.request import RTX_SMS
+from gemma_export.exporter.engines.request import rtx_compiles
 from gemma_export.exporter.schemes import PRECISIONS, SCHEMES, Scheme
 from gemma_export.runtime.kv_cache import layer_slots
 from gemma_export.runtime.rolling import RollingCache
@@ -55,6 +55,7 @@ class MemoryPlan:
         chunk: The most tokens of a row that are run at once.
         all_logits: Whether the logits of all tokens are computed.
         rolling: Which caches roll; None where each has `slots`.
+        sms: Compute capabilities that it must run on; none where that is open.
     """
 
     config: GemmaConfig
@@ -67,6 +68,7 @@ class MemoryPlan:
     block: int | None = None
     all_logits: bool = False
     rolling: RollingCache | None = None
+    sms: tuple[int, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -157,13 +159,18 @@ def devices_for(total: int, sms: tuple[int, ...] = ()) -> tuple[Device, ...]:
     return tuple(d for d in DEVICES.values() if total <= d.available and (not sms or d.sm in sms))
 
 
+def _runs(plan: MemoryPlan, sm: int) -> bool:
+    """Whether the target's engines run there in the plan's precision."""
+    return plan.target != "rtx" or rtx_compiles(plan.precision, sm)
+
+
 def _hint(plan: MemoryPlan, available: int) -> str:
     ways = list(_ways(plan, available))
     if ways:
         return f"A build that would fit has {', or '.join(ways)}."
     smallest = min((plan, *_smaller(plan)), key=lambda other: other.weights)
     smallest = replace(smallest, slots=_SHORTEST, rows=1, chunk=min(plan.chunk, _SHORTEST))
-    fitting = devices_for(smallest.total, RTX_SMS if plan.target == "rtx" else ())
+    fitting = [device for device in devices_for(smallest.total) if _runs(smallest, device.sm)]
     if not fitting:
         return "Take a smaller --size."
     return (
@@ -200,9 +207,9 @@ def _longest(plan: MemoryPlan, available: int) -> int:
 
 
 def _smaller(plan: MemoryPlan) -> Iterator[MemoryPlan]:
-    """The same in every precision of the target whose weights are smaller."""
+    """The same in every precision whose weights are smaller, of those that run where the plan's must."""
     for precision in PRECISIONS:
         for scheme in SCHEMES.get((plan.target, precision), ())[:1]:
             smaller = replace(plan, precision=precision, scheme=scheme, block=None)
-            if smaller.weights < 0.95 * plan.weights:
+            if smaller.weights < 0.95 * plan.weights and all(_runs(smaller, sm) for sm in plan.sms):
                 yield smaller

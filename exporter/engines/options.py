@@ -7,11 +7,10 @@ from gemma_export.errors import UsageError
 from gemma_export.exporter.engines.devices import Device, device_named
 from gemma_export.exporter.engines.request import (
     FLAVOURS,
-    NOT_ON_TURING,
     RTX_SMS,
-    TURING,
     EngineRequest,
     Flavour,
+    rtx_compiles,
 )
 
 PREFILL_CHUNK = 512
@@ -112,7 +111,7 @@ class EngineOptions:
         if self.prefill_chunk is not None and self.prefill_chunk > slots:
             raise UsageError(
                 f"--prefill-chunk {self.prefill_chunk} is more than the {slots} tokens that the cache holds.",
-                f"Give at most {slots}, or a greater --max-length.",
+                f"Give at most {slots}, or build with a greater --max-length.",
             )
 
     def request(self, flavour: Flavour, slots: int) -> EngineRequest:
@@ -144,9 +143,9 @@ def _check_sm(sm: int, precision: str) -> None:
             f"Choose from {choices}; for any other GPU take --target onnx, and `gemma-export compile BUNDLE "
             "--target tensorrt` on the device.",
         )
-    if sm == TURING and precision in NOT_ON_TURING.values():
+    if not rtx_compiles(precision, sm):
         raise UsageError(
-            f"SM 75 does not run {precision}.",
+            f"SM {sm} does not run {precision}.",
             "Take --precision int8 or fp16, or an --sm from 80 upwards.",
         )
 

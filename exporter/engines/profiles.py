@@ -11,7 +11,6 @@ from pathlib import Path
 
 from gemma_export.errors import UsageError
 from gemma_export.exporter.engines.request import EngineRequest
-from gemma_export.runtime.backend import INPUT_IDS, POSITION_IDS, cache_names
 from gemma_export.runtime.manifest import Range, TensorSpec
 
 _ONE = Range(1, 1, 1)
@@ -69,19 +68,6 @@ def profiles_for(request: EngineRequest, slots: int) -> tuple[Profile, ...]:
         rows = Range(2, request.max_batch, request.max_batch)
         profiles.append(Profile("decode-batch", rows, _ONE))
     return tuple(profiles)
-
-
-def decoder_inputs(slots: Sequence[int], kv_heads: int, head_dim: int, dtype: str) -> list[TensorSpec]:
-    """The inputs that the graph of such a decoder has: `slots` are each layer's, `dtype` is its cache's."""
-    layers = zip(cache_names(len(slots)), slots, strict=True)
-    return [
-        *(TensorSpec(name, "int64", ("B", "T")) for name in (INPUT_IDS, POSITION_IDS)),
-        *(
-            TensorSpec(name, dtype, ("B", kv_heads, size, head_dim))
-            for names, size in layers
-            for name in names[:2]
-        ),
-    ]
 
 
 def trtexec_command(

@@ -87,6 +87,11 @@ def check_types(request: EngineRequest, types: Collection[str]) -> None:
         )
 
 
+def rtx_compiles(precision: str, sm: int) -> bool:
+    """Whether TensorRT for RTX compiles a precision for a compute capability."""
+    return sm in RTX_SMS and (sm != TURING or precision not in NOT_ON_TURING.values())
+
+
 def engine_files(request: EngineRequest) -> int:
     """How many engines there will be."""
     return len(plans_of(request)) if request.flavour == "rtx" else 1

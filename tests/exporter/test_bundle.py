@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +13,7 @@ import pytest
 from support.folders import names
 
 from gemma_export.errors import BundleError, StorageError, UsageError
+from gemma_export.exporter import bundle
 from gemma_export.exporter.bundle import (
     check_replaceable,
     check_room,
@@ -191,8 +194,17 @@ def test_is_bundle(manifest: str | None, expected: bool, tmp_path: Path) -> None
 
 def test_room(tmp_path: Path) -> None:
     check_room(tmp_path, 0)
-    with pytest.raises(StorageError, match=r"needs 1000000\.00 GB"):
+    with pytest.raises(StorageError, match=r"needs 1000000\.07 GB"):
         check_room(tmp_path, 10**15)
+
+
+def test_room_that_is_missing_is_seen_in_the_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage("/")._replace(free=30 * 10**6)
+    monkeypatch.setattr(bundle.shutil, "disk_usage", lambda folder: usage)
+    with pytest.raises(StorageError) as refused:
+        check_room(tmp_path, 20 * 10**6)
+    needed, free = re.findall(r"(\d+\.\d\d) GB", refused.value.message)
+    assert float(needed) > float(free)
 
 
 def test_files_are_described(tmp_path: Path) -> None:

@@ -12,13 +12,21 @@ from gemma_export.exporter.config import preset
 from gemma_export.exporter.engines.budget import MemoryPlan, check_memory, devices_for
 from gemma_export.exporter.engines.devices import DEVICES, GIB, device_named
 from gemma_export.exporter.engines.options import EngineOptions
+from gemma_export.exporter.engines.request import rtx_compiles
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.schemes import scheme_for
 
 
-def plan(size: str, precision: str, slots: int = 8192, rows: int = 1, target: str = "rtx") -> MemoryPlan:
+def plan(
+    size: str,
+    precision: str,
+    slots: int = 8192,
+    rows: int = 1,
+    target: str = "rtx",
+    sms: tuple[int, ...] = (),
+) -> MemoryPlan:
     scheme = scheme_for(target, precision)
-    return MemoryPlan(preset(size), target, precision, scheme, slots, rows, min(512, slots))
+    return MemoryPlan(preset(size), target, precision, scheme, slots, rows, min(512, slots), sms=sms)
 
 
 def refusal(plan: MemoryPlan, device: str | None = None, memory: int | None = None) -> UsageError:
@@ -87,8 +95,18 @@ def test_without_a_device_there_is_no_budget() -> None:
         (plan("7b", "int4"), "rtx-4060", None),
         (plan("7b", "int8", rows=4), None, 12 * GIB),
         (plan("2b", "fp16", rows=8), None, 5 * GIB),
+        (plan("2b", "fp16", sms=(75,)), None, 4 * GIB),
+        (plan("7b", "fp16", sms=(75, 89)), "t4", None),
     ],
-    ids=["7b int8 on Orin Nano", "2b fp16 on 4 GB", "7b int4 on a 4060", "four rows", "eight rows"],
+    ids=[
+        "7b int8 on Orin Nano",
+        "2b fp16 on 4 GB",
+        "7b int4 on a 4060",
+        "four rows",
+        "eight rows",
+        "2b fp16 on Turing",
+        "7b fp16 on a T4",
+    ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(
     asked: MemoryPlan, device: str | None, memory: int | None
@@ -111,6 +129,7 @@ def test_what_does_not_fit_is_refused_with_what_would(
             rows=int(given.get("max-batch", asked.rows)),
         )
         check_memory(fitting, None if device is None else device_named(device), memory)
+        assert all(rtx_compiles(precision, sm) for sm in asked.sms)
 
 
 def test_a_longer_cache_than_the_one_offered_does_not_fit() -> None:
@@ -126,7 +145,9 @@ def test_where_nothing_fits_a_device_is_named() -> None:
     error = refusal(plan("7b", "int8"), memory=2 * GIB)
     assert "Nothing of gemma-7b fits there: --precision int4 needs" in error.hint
     named = error.hint.split("which ")[1].removesuffix(" has.")
-    assert DEVICES[named].sm in (75, 80, 86, 89, 120, 121)  # One that the target compiles for.
+    assert rtx_compiles("int4", DEVICES[named].sm)
+    error = refusal(plan("7b", "int8", sms=(75,)), memory=2 * GIB)
+    assert "--precision int8 needs" in error.hint  # Turing runs nothing smaller.
 
 
 def test_memory_takes_the_place_of_what_a_device_leaves() -> None:

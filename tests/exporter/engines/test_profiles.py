@@ -3,11 +3,9 @@
 import shlex
 from pathlib import Path
 
-from support.engine_graphs import SLOTS, Written
-
-from gemma_export.exporter.engines.engine_graph import read_graph
-from gemma_export.exporter.engines.profiles import decoder_inputs, profiles_for, trtexec_command
+from gemma_export.exporter.engines.profiles import profiles_for, trtexec_command
 from gemma_export.exporter.engines.request import EngineRequest
+from gemma_export.runtime.manifest import TensorSpec
 
 
 def test_one_row_alone_has_two_profiles_and_more_rows_a_third() -> None:
@@ -19,19 +17,10 @@ def test_one_row_alone_has_two_profiles_and_more_rows_a_third() -> None:
     assert batch.shapes(("B", 1, 512, 128)) == ((2, 1, 512, 128), (3, 1, 512, 128), (3, 1, 512, 128))
 
 
-def test_a_models_inputs_are_those_of_its_graph(engine_graph) -> None:  # type: ignore[no-untyped-def]
-    graph: Written = engine_graph("fp16")
-    found = read_graph(graph.file).inputs
-    expected = decoder_inputs([SLOTS, SLOTS], 1, 128, "float16")
-    free = [tuple(size if isinstance(size, int) else "free" for size in spec.shape) for spec in found]
-    assert [spec.name for spec in found] == [spec.name for spec in expected]
-    assert free == [tuple(s if isinstance(s, int) else "free" for s in spec.shape) for spec in expected]
-    profile = profiles_for(EngineRequest("rtx", max_batch=2, prefill_chunk=8), SLOTS)[2]
-    assert [profile.shapes(spec.shape) for spec in found] == [profile.shapes(s.shape) for s in expected]
-
-
 def test_trtexec_gets_every_input_of_every_profile() -> None:
-    inputs = decoder_inputs([32], 2, 4, "float16")
+    ids = [TensorSpec(name, "int64", ("B", "T")) for name in ("input_ids", "position_ids")]
+    names = [f"past_key_values.0.{part}" for part in ("key", "value")]
+    inputs = [*ids, *(TensorSpec(name, "float16", ("B", 2, 32, 4)) for name in names)]
     profiles = profiles_for(EngineRequest("tensorrt", max_batch=2, prefill_chunk=8), 32)
     command = trtexec_command(Path("my model.onnx"), inputs, profiles, Path("model.engine"))
     words = shlex.split(command)
