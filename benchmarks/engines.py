@@ -3,15 +3,18 @@
     python benchmarks/engines.py                               2B from a bf16 checkpoint: int8 for SM 89
     python benchmarks/engines.py --size 7b                     the same for 7B
     python benchmarks/engines.py --precision int4 --sm 120     another precision, another device
+    python benchmarks/engines.py --parity none                 without the gate
+    python benchmarks/engines.py --checkpoint FOLDER           of a checkpoint that is there
 
-The weights are random, and scales come from them alone: what is measured is the graph, the weights' way to
-the disk, and TensorRT. Memory is the anonymous part, which a machine must have; pages of mapped files, the
-checkpoint's and the graph's, are dropped where they are in the way. It is read from the running process
-twenty times a second.
+The weights are random, and scales come from them alone: what is measured is everything but a calibration.
+Beside other work the time says little; the processors' own, all of its threads' together, is given too.
+Memory is the anonymous part, which a machine must have; pages of mapped files, the checkpoint's and the
+graph's, are dropped where they are in the way. It is read from the running process twenty times a second.
 """
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,9 +33,10 @@ ENGINE_PER_WEIGHTS = 1.02
 
 @dataclass(frozen=True)
 class Run:
-    """A finished build: wall time in seconds, the most anonymous memory in bytes."""
+    """A finished build: wall and processor time in seconds, the most anonymous memory in bytes."""
 
     seconds: float
+    processor: float
     anonymous: int
 
 
@@ -45,7 +49,8 @@ def measure(command: list[str]) -> Run:
             time.sleep(INTERVAL)
     if process.returncode != 0:
         sys.exit(f"{' '.join(command)} failed with status {process.returncode}")
-    return Run(time.perf_counter() - begin, most)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # There is one child.
+    return Run(time.perf_counter() - begin, used.ru_utime + used.ru_stime, most)
 
 
 def anonymous_bytes(process: int) -> int:
@@ -68,15 +73,18 @@ def main() -> None:
     parser.add_argument("--sm", default="89")
     parser.add_argument("--max-length", type=int, default=4096)
     parser.add_argument("--max-batch", type=int, default=1)
+    parser.add_argument("--parity", choices=["none", "quick", "full"], default="quick")
+    parser.add_argument("--checkpoint", type=Path, help="by default one of random weights is written")
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to build; by default a temporary folder"
     )
     arguments = parser.parse_args()
     config = preset(arguments.size)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        checkpoint, bundle = Path(folder) / "checkpoint", Path(folder) / "bundle"
-        write_checkpoint(config, checkpoint)
-        build = [sys.executable, "-m", "gemma_export", "build", "--quiet", "--parity", "none"]
+        checkpoint, bundle = arguments.checkpoint or Path(folder) / "checkpoint", Path(folder) / "bundle"
+        if arguments.checkpoint is None:
+            write_checkpoint(config, checkpoint)
+        build = [sys.executable, "-m", "gemma_export", "build", "--quiet", "--parity", arguments.parity]
         build += ["--target", "rtx", "--sm", arguments.sm, "--precision", arguments.precision]
         build += ["--checkpoint", str(checkpoint), "-o", str(bundle)]
         build += ["--max-length", str(min(arguments.max_length, config.context_length))]
@@ -86,14 +94,15 @@ def main() -> None:
         run = measure(build)
         manifest = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))
         weights = manifest["bytes"]["weights"]
-        print("| build | time | anonymous memory | engine | engine / weights |\n|---|---|---|---|---|")
+        print("| build | time | processor | anonymous memory | engine | engine / weights |")
+        print("|---|---|---|---|---|---|")
         for engine in manifest["engines"]:
             size = (bundle / engine["file"]).stat().st_size
             verdict = "" if size <= ENGINE_PER_WEIGHTS * weights else ", too large"
             print(
                 f"| {arguments.size} {arguments.precision}, SM {', '.join(map(str, engine['sms']))} "
-                f"| {run.seconds:.0f} s | {run.anonymous / 2**30:.2f} GiB | {size / 1e9:.3f} GB "
-                f"| {size / weights:.4f}{verdict} |"
+                f"| {run.seconds:.0f} s | {run.processor:.0f} s | {run.anonymous / 2**30:.2f} GiB "
+                f"| {size / 1e9:.3f} GB | {size / weights:.4f}{verdict} |"
             )
 
 
