@@ -5,6 +5,7 @@ and the logits of a step have buffers of their own, bound once per cache and sha
 lie, the host or a device, is the only difference between the providers.
 """
 
+import math
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -24,6 +25,7 @@ from gemma_export.runtime.backend import (
 from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.manifest import LogitsKind, Manifest
 from gemma_export.runtime.onnxruntime_contract import check_contract
+from gemma_export.runtime.speculation import LONGEST_DRAFT
 
 try:
     import onnxruntime as ort
@@ -100,7 +102,7 @@ class _Binding:
         for layer, (past_key, past_value, key, value) in enumerate(names):
             self._bind_cache(past_key, key, cache.key_buffers[layer], cache.dtype)
             self._bind_cache(past_value, value, cache.value_buffers[layer], cache.dtype)
-        self._logits: Logits = np.empty((0, 0, 0), np.float32)
+        self._room: Logits = np.empty(0, np.float32)
         self._bind_step(1, 1)
 
     def run(self, input_ids: Ids, position_ids: Ids, tail: int) -> Logits:
@@ -131,11 +133,15 @@ class _Binding:
             start = ort.OrtValue.ortvalue_from_numpy(np.array([-tail], np.int64))
             self._binding.bind_ortvalue_input(TAIL_START, start)
         shape = (self._batch, tokens if self._all_logits else tail, self._vocabulary)
-        if self._logits.shape != shape:
-            self._logits = np.zeros(shape, np.float32)
-            # On the host, wherever they are made.
-            where = ("cpu", 0, ELEMENT_TYPE["float32"], shape, _address(self._logits))
-            self._binding.bind_output(TAIL_LOGITS if self._has_tail else LOGITS, *where)
+        size = math.prod(shape)
+        # Steps with drafts differ in length from one to the next: what is there is used again, unless it was
+        # made for much more, as a prompt whose logits are all given.
+        if not size <= self._room.size <= size * (1 + LONGEST_DRAFT):
+            self._room = np.empty(size, np.float32)
+        self._logits: Logits = self._room[:size].reshape(shape)
+        # On the host, wherever they are made.
+        where = ("cpu", 0, ELEMENT_TYPE["float32"], shape, _address(self._logits))
+        self._binding.bind_output(TAIL_LOGITS if self._has_tail else LOGITS, *where)
 
     def _bind_ids(self, name: str, shape: tuple[int, int]) -> Any:
         value = ort.OrtValue.ortvalue_from_numpy(np.zeros(shape, np.int64), self._device, 0)
