@@ -113,8 +113,7 @@ def build(request: BuildRequest, listener: events.Listener = events.ignore) -> B
         codes = folder / CODES_FOLDER
         codes.mkdir()
         plan = plan_quantization(request, source, codes, listener)
-        copies = 1 if engines is None else 1 + engine_files(engines)
-        graph, files = _write_graph(request, source, slots, plan, folder, copies, listener)
+        graph, files = _write_graph(request, source, slots, plan, engines, folder, listener)
         shutil.rmtree(codes)
         quantized = _audit(request, plan, folder, listener)
         cache_scales = plan.table.cache if plan is not None and request.kv_cache == "int8" else ()
@@ -148,17 +147,18 @@ def _write_graph(
     source: Source,
     slots: int,
     plan: QuantizationPlan | None,
+    engines: EngineRequest | None,
     folder: Path,
-    copies: int,
     listener: events.Listener,
 ) -> tuple[_Graph, dict[str, StoredFile]]:
     """Lowers the graph and streams its weights; once more for each weight that turns out to leave fp16.
 
-    The disk must have room for `copies` of them: engines have their own.
+    The disk must have room for those of the engines too: each has its own.
     """
+    copies = 1 if engines is None else 1 + engine_files(engines)
     keep = audit_range(request, source, listener)
     while True:
-        graph = _lower(request, source, slots, plan, keep, listener)
+        graph = _lower(request, source, slots, plan, engines, keep, listener)
         needed = external_bytes(graph.model)
         check_room(folder, needed * copies)
         try:
@@ -181,6 +181,7 @@ def _lower(
     source: Source,
     slots: int,
     plan: QuantizationPlan | None,
+    engines: EngineRequest | None,
     keep: frozenset[str],
     listener: events.Listener,
 ) -> _Graph:
@@ -199,6 +200,7 @@ def _lower(
             getattr(torch, scheme.compute),
             keep,
             None if plan is None else plan.quantization,
+            () if engines is None else _capabilities(engines),
         )
         if request.kv_cache == "int8":
             assert plan is not None
@@ -240,6 +242,13 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
 
     check_compiler(engines)
     return engines
+
+
+def _capabilities(engines: EngineRequest) -> tuple[int, ...]:
+    """The compute capabilities of all engines that are to be built."""
+    from gemma_export.exporter.engines.modules import plans_for
+
+    return tuple(sm for plan in plans_for(engines) for sm in plan)
 
 
 def _compile(engines: EngineRequest, manifest: Manifest, folder: Path, listener: events.Listener) -> Manifest:

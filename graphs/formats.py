@@ -15,6 +15,9 @@ Form = Literal["float", "w8a8-token", "w8a8-tensor", "w8", "w4"]
 | `w4` | 4 bits, a scale per block | as it is |
 """
 
+TURING = 75
+"""The compute capability whose kernels read codes of 8 bits only beside computed numbers, and none of 4."""
+
 TABLE = "embed_tokens"
 """The embedding table's name: it is looked up, and is the head's weight too."""
 

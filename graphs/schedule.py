@@ -13,7 +13,7 @@ import torch
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import spec, spec_cuda, spec_tensorrt
-from gemma_export.graphs.formats import TABLE, Form
+from gemma_export.graphs.formats import TABLE, TURING, Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
 from gemma_export.graphs.passes.fix_total_length import fix_total_length
 from gemma_export.graphs.passes.flatten_tokens import flatten_tokens
@@ -24,6 +24,7 @@ from gemma_export.graphs.passes.fuse_attention import fuse_attention
 from gemma_export.graphs.passes.fuse_rms_norm import fuse_rms_norm
 from gemma_export.graphs.passes.fuse_rotary import fuse_rotary
 from gemma_export.graphs.passes.half_precision import half_precision
+from gemma_export.graphs.passes.keep_codes import keep_codes
 from gemma_export.graphs.passes.lower_group_query_attention import lower_group_query_attention
 from gemma_export.graphs.passes.lower_linear import lower_linear
 from gemma_export.graphs.passes.merge_gate_up import merge_gate_up
@@ -67,7 +68,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Formats:
-    """The formats of a lowered graph's numbers.
+    """The formats of a lowered graph's numbers, and the GPUs that must have them.
 
     Attributes:
         storage: Of the weights that are not quantized.
@@ -75,12 +76,14 @@ class Formats:
         keep: Initializers (where only the storage is narrow) or values (where the arithmetic is) that stay
             in fp32.
         quantization: How weights and products are quantized; None where they are not.
+        sms: Compute capabilities that the graph is compiled for, as in 89 for 8.9, where they are known.
     """
 
     storage: torch.dtype
     compute: torch.dtype
     keep: Collection[str] = ()
     quantization: Quantization | None = None
+    sms: Collection[int] = ()
 
     @property
     def forms(self) -> dict[str, Form]:
@@ -219,6 +222,9 @@ def tensorrt(formats: Formats) -> Schedule:
     if formats.compute != torch.float32:
         half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
         steps += (Step(half), Step(remove_dead_code))
+    if TURING in formats.sms:
+        weight_only = sum(name.endswith(".o_proj") and form == "w8" for name, form in formats.forms.items())
+        steps += (Step(keep_codes, lambda n: weight_only),)
     return Schedule(steps, rules)
 
 
@@ -268,6 +274,7 @@ def lower(
     compute: torch.dtype,
     keep: Collection[str] = (),
     quantization: Quantization | None = None,
+    sms: Collection[int] = (),
 ) -> PassReport:
     """Turns the canonical graph into what a target takes, in place.
 
@@ -279,11 +286,12 @@ def lower(
         keep: Initializers (where only the storage is narrow) or values (where the arithmetic is) that stay
             in fp32.
         quantization: How weights and products are quantized; None where they are not.
+        sms: Compute capabilities that the graph is compiled for, where they are known.
 
     Raises:
         GraphError: The graph, or what was chosen for it, is not what a pass or a rule wants.
     """
-    schedule = LOWERINGS[target](Formats(storage, compute, keep, quantization))
+    schedule = LOWERINGS[target](Formats(storage, compute, keep, quantization, sms))
     report = run(model, schedule.steps)
     schedule.rules.check(model)
     return report

@@ -7,12 +7,12 @@ from typing import Any
 from gemma_export.disk import disk_errors
 from gemma_export.exporter import events
 from gemma_export.exporter.engines.builder import compile_plan
-from gemma_export.exporter.engines.engine_graph import EngineGraph, read_graph
-from gemma_export.exporter.engines.modules import device_sm, load_compiler
+from gemma_export.exporter.engines.engine_graph import EngineGraph, check_codes, read_graph
+from gemma_export.exporter.engines.modules import load_compiler, plans_for
 from gemma_export.exporter.engines.plan import read_plan
 from gemma_export.exporter.engines.plan_audit import audit_plan, check_network, require_clean
 from gemma_export.exporter.engines.profiles import Profile, profiles_for, trtexec_command
-from gemma_export.exporter.engines.request import EngineRequest, Flavour, check_types, plans_of
+from gemma_export.exporter.engines.request import EngineRequest, Flavour, check_types
 from gemma_export.runtime.manifest import EngineInfo, ProfileInfo
 
 FOLDER = "engines"
@@ -51,8 +51,10 @@ def build_engines(
     profiles = profiles_for(request, source.slots)
     command = trtexec_command(Path(graph.name), source.inputs, profiles, Path("model.engine"))
     trt = load_compiler(request.flavour, command)
-    check_types(request, source.types)
-    plans = plans_of(request) if request.flavour == "rtx" else ((device_sm(),),)
+    plans = plans_for(request)
+    for sms in plans:
+        check_types(sms, source.types)
+        check_codes(sms, source.uses)
     with disk_errors(folder):
         (folder / FOLDER).mkdir(exist_ok=True)
         return tuple(

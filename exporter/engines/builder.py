@@ -18,8 +18,6 @@ from gemma_export.errors import EngineError
 from gemma_export.exporter.engines.engine_graph import EngineGraph
 from gemma_export.exporter.engines.network import NetworkFacts, read_network
 from gemma_export.exporter.engines.profiles import Profile
-from gemma_export.exporter.engines.request import TURING
-from gemma_export.exporter.engines.turing import keep_codes
 
 Progress = Callable[[int, int], None]
 """Called with percent done and 100."""
@@ -102,7 +100,6 @@ def _compile(
             "Build the bundle again, with this release of gemma-export.",
         )
     check(read_network(trt, network))
-    kept = keep_codes(trt, network, source.uses) if TURING in sms else []
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     if sms:
@@ -119,7 +116,6 @@ def _compile(
         monitor = _monitor(trt)(progress, lambda: interrupted() or writer.error is not None)
         config.progress_monitor = monitor
         done = builder.build_serialized_network_to_stream(network, config, writer)
-    del kept
     if writer.error is not None:
         raise writer.error
     if monitor.error is not None:

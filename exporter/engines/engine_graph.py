@@ -1,14 +1,15 @@
 """What a graph promises of its engine: inputs, caches, and each stored weight with its users and its type."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from gemma_export.errors import EngineError
+from gemma_export.errors import EngineError, UsageError
+from gemma_export.graphs.formats import TURING
 from gemma_export.runtime.manifest import TensorSpec
 
 _LAYOUT = frozenset({"Cast", "Identity", "Reshape", "Transpose"})
@@ -35,6 +36,7 @@ class WeightUse:
         type: As it is stored: `Half`, `BFloat16`, `Float`, `Int8` or `Int4`.
         codes: Whether the operator's other operand is rounded to codes too.
         lookup: Whether it looks rows up, and multiplies nothing.
+        reshaped: Whether the operator's other operand comes out of a reshape as it is.
     """
 
     operator: str
@@ -43,6 +45,7 @@ class WeightUse:
     type: str
     codes: bool = False
     lookup: bool = False
+    reshaped: bool = False
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,21 @@ def read_graph(file: Path) -> EngineGraph:
     )
 
 
+def check_codes(sms: Collection[int], uses: Sequence[WeightUse]) -> None:
+    """Refuses SM 75 for a graph that was lowered for others: it would make numbers of codes in every step.
+
+    Raises:
+        UsageError: A product of codes reads what was only reshaped (`graphs.passes.keep_codes`).
+    """
+    for use in uses:
+        if TURING in sms and use.type == "Int8" and use.reshaped and not use.codes:
+            raise UsageError(
+                f"SM {TURING} would make 16-bit numbers of all codes of {use.weight} in every step: this "
+                "graph is spelled for other devices.",
+                f"Build the bundle with --target rtx --sm {TURING}; others can compile that one too.",
+            )
+
+
 def _spec(value: ir.Value) -> TensorSpec:
     shape = () if value.shape is None else tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     return TensorSpec(str(value.name), "" if value.dtype is None else value.dtype.name, shape)
@@ -125,6 +143,7 @@ def _weight_uses(graph: ir.Graph) -> list[WeightUse]:
                     type=_TYPES[weight.dtype],
                     codes=_is_rounded(other),
                     lookup=node.op_type == "Gather",
+                    reshaped=_is_reshaped(other),
                 )
             )
             break
@@ -144,6 +163,11 @@ def _is_rounded(value: ir.Value | None) -> bool:
     return any(
         (node := step.producer()) is not None and node.op_type == "DequantizeLinear" for step in _back(value)
     )
+
+
+def _is_reshaped(value: ir.Value | None) -> bool:
+    node = None if value is None else value.producer()
+    return node is not None and node.op_type == "Reshape"
 
 
 def _back(value: ir.Value | None) -> Iterator[ir.Value]:

@@ -4,7 +4,7 @@ import importlib
 from typing import Any
 
 from gemma_export.errors import DeviceError, EngineError, MissingDependencyError
-from gemma_export.exporter.engines.request import Flavour
+from gemma_export.exporter.engines.request import EngineRequest, Flavour, plans_of
 from gemma_export.runtime.cuda import CudaDevice, load_cudart
 from gemma_export.runtime.tensorrt_engine import EXTRAS, NAMES
 
@@ -55,6 +55,16 @@ def device_sm() -> int:
             "Take --target rtx, which needs no GPU; or --target onnx here, and `gemma-export compile BUNDLE "
             "--target tensorrt` on the device.",
         ) from error
+
+
+def plans_for(request: EngineRequest) -> tuple[tuple[int, ...], ...]:
+    """The compute capabilities of each plan that a request asks for.
+
+    Raises:
+        EngineError: The plan is for the GPU at hand, and there is none.
+        MissingDependencyError: Likewise, and cuda-bindings are not installed.
+    """
+    return plans_of(request) if request.flavour == "rtx" else ((device_sm(),),)
 
 
 def _installation(flavour: Flavour, command: str | None) -> str:

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from gemma_export.errors import UsageError
+from gemma_export.graphs.formats import TURING
 
 Flavour = Literal["rtx", "tensorrt"]
 """TensorRT for RTX, which builds without a GPU, and TensorRT, which builds on the device."""
 
 FLAVOURS: tuple[Flavour, ...] = get_args(Flavour)
 
-TURING = 75
 RTX_SMS = (TURING, 80, 86, 89, 120, 121)
 """Compute capabilities that TensorRT for RTX compiles for; an Orin (87) and an H100 (90) are none of them."""
 
@@ -69,18 +69,18 @@ def plans_of(request: EngineRequest) -> tuple[tuple[int, ...], ...]:
     return tuple(plan for plan in (turing, others) if plan)
 
 
-def check_types(request: EngineRequest, types: Collection[str]) -> None:
+def check_types(sms: Collection[int], types: Collection[str]) -> None:
     """Refuses a device that has no arithmetic for a graph.
 
     Args:
-        request: Says which devices.
+        sms: Compute capabilities of the devices.
         types: Of the graph's inputs and weights, as TensorRT calls them.
 
     Raises:
         UsageError: One of them cannot run it.
     """
     lacking = sorted(NOT_ON_TURING.keys() & set(types))
-    if TURING in request.sms and lacking:
+    if TURING in sms and lacking:
         raise UsageError(
             f"SM {TURING} does not run {NOT_ON_TURING[lacking[0]]}.",
             "Build the bundle with --precision int8 or fp16, or compile it for an SM from 80 upwards.",

@@ -11,6 +11,7 @@ from gemma_export.graphs import schedule
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.passes.emulate_half import emulate_half
 from gemma_export.graphs.passes.flatten_tokens import flatten_tokens
+from gemma_export.graphs.passes.keep_codes import keep_codes
 from gemma_export.graphs.passes.patterns import ints
 from gemma_export.graphs.passes.quantize_dequantize import quantize_dequantize
 from gemma_export.graphs.passes.quantized_layers import add_constant
@@ -159,12 +160,12 @@ def test_a_split_of_tokens_or_of_no_product_is_left_alone(raw_graph: MakeGraph) 
 # transpose_lookup
 
 
-def of_codes(raw_graph: MakeGraph, *, flat: bool = True) -> ir.Model:
+def of_codes(raw_graph: MakeGraph, *, flat: bool = True, how: LinearQuantization = ROWS) -> ir.Model:
     model = canonical(raw_graph)
     if flat:
         flatten_tokens(model)
     names = [f"layers.{i}.{name}" for i in range(LAYERS) for name in LINEARS]
-    quantize_dequantize(model, Quantization({}, dict.fromkeys(["embed_tokens", *names], ROWS)))
+    quantize_dequantize(model, Quantization({}, {"embed_tokens": ROWS} | dict.fromkeys(names, how)))
     schedule.remove_dead_code(model)
     return model
 
@@ -196,6 +197,41 @@ def test_a_table_without_a_head_is_left_alone(raw_graph: MakeGraph) -> None:
     other = ir.Value(name="other", shape=head.inputs[1].shape, type=ir.TensorType(ir.DataType.FLOAT))
     head.replace_input_with(1, other)
     assert transpose_lookup(model) == 0
+
+
+# keep_codes
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_arithmetic_before_a_product_of_codes_changes_no_number(raw_graph: MakeGraph, batch: int) -> None:
+    model, reference = of_codes(raw_graph), of_codes(raw_graph)
+    assert keep_codes(model) == LAYERS
+    assert keep_codes(model) == 0
+    assert [str(node.name).split(".")[3] for node in nodes(model, "Max")] == ["o_proj"] * LAYERS
+    assert_computes(model, reference, batch=batch, tokens=4, start=2)
+
+
+def test_products_of_numbers_and_of_rounded_operands_are_left_alone(raw_graph: MakeGraph) -> None:
+    model = canonical(raw_graph)
+    flatten_tokens(model)
+    assert keep_codes(model) == 0
+    assert (
+        keep_codes(
+            of_codes(raw_graph, how=LinearQuantization("w8a8-tensor", WeightFormat(8), activation_scale=0.5))
+        )
+        == 0
+    )
+    assert keep_codes(of_codes(raw_graph, how=LinearQuantization("w4", WeightFormat(4, 16)))) == 0
+
+
+@pytest.mark.parametrize(("sms", "count"), [((), None), ((86, 89), None), ((75,), 2), ((75, 89), 2)], ids=str)
+def test_only_a_graph_for_sm_75_has_it(raw_graph: MakeGraph, sms: tuple[int, ...], count: int | None) -> None:
+    names = [f"layers.{i}.{name}" for i in range(LAYERS) for name in LINEARS]
+    quantization = Quantization({}, dict.fromkeys(["embed_tokens", *names], ROWS))
+    model = canonical(raw_graph)
+    report = schedule.lower(model, "rtx", torch.float16, torch.float16, (), quantization, sms)
+    assert report.get("keep_codes") == count
+    assert len(nodes(model, "Max")) == (count or 0)
 
 
 # scale_products

@@ -60,7 +60,11 @@ class Written:
 
 
 def write_engine_graph(
-    folder: Path, scheme: str, layers: int = 2, lower: Callable[[ir.Model], None] | None = None
+    folder: Path,
+    scheme: str,
+    layers: int = 2,
+    lower: Callable[[ir.Model], None] | None = None,
+    sms: tuple[int, ...] = (),
 ) -> Written:
     """Writes a graph.
 
@@ -69,6 +73,7 @@ def write_engine_graph(
         scheme: A key of `FORMS`.
         layers: The first so many of the model's five.
         lower: Turns the canonical graph into another than TensorRT's.
+        sms: Compute capabilities that it is spelled for.
     """
     source = tiny_source()
     model = _traced(layers).clone()
@@ -81,7 +86,7 @@ def write_engine_graph(
         lower(model)
     else:
         compute = COMPUTE.get(scheme, torch.float16)
-        schedule.lower(model, "rtx", compute, compute, (), _quantization(scheme, layers))
+        schedule.lower(model, "rtx", compute, compute, (), _quantization(scheme, layers), sms)
     folder.mkdir(parents=True, exist_ok=True)
     write_model(model, folder)
     return Written(folder / GRAPH_FILE, layers, weight_bytes(model))

@@ -12,13 +12,13 @@ EngineGraphs = Callable[..., Written]
 @pytest.fixture(scope="session")
 def engine_graph(tmp_path_factory: pytest.TempPathFactory) -> EngineGraphs:
     """The shipped model's first layers in a scheme: `engine_graph("fp16")`, or `("fp16", layers=5)`."""
-    written: dict[tuple[str, int], Written] = {}
+    written: dict[tuple[str, int, tuple[int, ...]], Written] = {}
 
-    def graph(scheme: str, layers: int = 2) -> Written:
-        key = scheme, layers
+    def graph(scheme: str, layers: int = 2, sms: tuple[int, ...] = ()) -> Written:
+        key = scheme, layers, sms
         if key not in written:
             folder: Path = tmp_path_factory.mktemp(f"{scheme}-{layers}")
-            written[key] = write_engine_graph(folder, scheme, layers)
+            written[key] = write_engine_graph(folder, scheme, layers, sms=sms)
         return written[key]
 
     return graph

@@ -1,8 +1,9 @@
-"""The model that ships, compiled by the real TensorRT for RTX, in every scheme for every group of devices."""
+"""The model that ships, compiled by the real TensorRT for RTX: whole, in every precision for every device."""
 
 import sys
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,49 +13,94 @@ from support.fake_device import FakeCudart
 
 from gemma_export.errors import EngineError, MissingDependencyError, UsageError
 from gemma_export.exporter import events
+from gemma_export.exporter.engines import build as compiling
 from gemma_export.exporter.engines import modules
 from gemma_export.exporter.engines.build import build_engines
+from gemma_export.exporter.engines.options import EngineOptions
 from gemma_export.exporter.engines.request import EngineRequest, engine_files, plans_of
+from gemma_export.exporter.pipeline import build
+from gemma_export.exporter.request import BuildRequest
 from gemma_export.runtime.manifest import Range
 
-LAYERS = 3
 EngineGraphs = Callable[..., Written]
 
 
 @pytest.mark.parametrize(
-    ("scheme", "sms"),
-    [
-        *((scheme, (75, 86, 89, 120)) for scheme in ("fp16", "w8a16", "w8a8")),
-        *((scheme, (86, 89, 120)) for scheme in ("bf16", "w4a16")),
-    ],
+    ("precision", "scheme"),
+    [("fp16", "fp16"), ("bf16", "bf16"), ("int8", "w8a16"), ("int4", "w4a16")],
+    ids=lambda name: name,
 )
-def test_every_scheme_compiles_into_what_was_asked_for(
-    engine_graph: EngineGraphs, tmp_path: Path, scheme: str, sms: tuple[int, ...]
+def test_the_whole_model_compiles_in_every_precision_for_every_device(
+    traced_once: None, tmp_path: Path, precision: str, scheme: str
 ) -> None:
-    graph = engine_graph(scheme, LAYERS)
-    engines = graph.build(tmp_path, *sms, max_batch=4)
-    assert [engine.sms for engine in engines] == [plan for plan in ((75,), (86, 89, 120)) if plan[0] in sms]
-    for engine in engines:
-        assert (tmp_path / engine.file).stat().st_size > engine.weight_bytes
+    """Each plan has passed its audit: a build whose plan does not ends with an error and no bundle."""
+    request = BuildRequest(
+        size="tiny",
+        target="rtx",
+        precision=precision,
+        scheme_name=scheme,
+        no_calibration=precision.startswith("int"),
+        max_length=SLOTS,
+        parity="none",
+        output=tmp_path / "bundle",
+    )
+    plans = ((75,), (86, 89, 120)) if precision in ("fp16", "int8") else ((86, 89, 120),)
+    if (75,) not in plans:
+        with pytest.raises(UsageError, match=f"SM 75 does not run {precision}"):
+            replace(request, engines=EngineOptions(sms=(75, 86, 89, 120)))
+    options = EngineOptions(sms=tuple(sm for plan in plans for sm in plan), max_batch=4)
+    manifest = build(replace(request, engines=options)).manifest
+    layers = manifest.model.num_layers
+    assert [engine.sms for engine in manifest.engines] == list(plans)
+    for engine in manifest.engines:
+        assert manifest.files[engine.file].size > engine.weight_bytes
         assert engine.version == tensorrt_rtx.__version__
-        assert engine.kernels["gemm_mha_v2"] == LAYERS
-        assert engine.kernels["gemv_mha_v1"] == 2 * LAYERS
+        assert engine.kernels["gemm_mha_v2"] == layers
+        assert engine.kernels["gemv_mha_v1"] == 2 * layers
         assert [(p.name, p.batch, p.tokens) for p in engine.profiles] == [
             ("prefill", Range(1, 1, 1), Range(1, SLOTS, SLOTS)),
             ("decode", Range(1, 1, 1), Range(1, 1, 1)),
             ("decode-batch", Range(2, 4, 4), Range(1, 1, 1)),
         ]
         assert all(profile.activation_bytes > 0 for profile in engine.profiles)
+    # What is compiled for SM 75 is the graph that is beside it, and that parity is measured on.
+    assert manifest.graph.passes.get("keep_codes", 0) == (layers if scheme == "w8a16" else 0)
+
+
+def test_products_of_integers_compile_where_they_are_asked_for(
+    engine_graph: EngineGraphs, tmp_path: Path
+) -> None:
+    engines = engine_graph("w8a8", sms=(75, 89)).build(tmp_path, 75, 89)
+    assert [engine.sms for engine in engines] == [(75,), (89,)]
     assert sorted(path.name for path in (tmp_path / "engines").iterdir()) == sorted(
         Path(engine.file).name for engine in engines
     )
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "w4a16"])
-def test_what_sm_75_does_not_run_is_refused(engine_graph: EngineGraphs, tmp_path: Path, scheme: str) -> None:
-    with pytest.raises(UsageError, match=r"SM 75 does not run (bf16|int4)"):
+@pytest.mark.parametrize(
+    ("scheme", "sentence"),
+    [
+        ("bf16", "SM 75 does not run bf16"),
+        ("w4a16", "SM 75 does not run int4"),
+        ("w8a16", r"SM 75 would make 16-bit numbers of all codes of layers\.0\.self_attn\.o_proj\.codes"),
+    ],
+)
+def test_a_graph_that_sm_75_does_not_run_is_refused(
+    engine_graph: EngineGraphs, tmp_path: Path, scheme: str, sentence: str
+) -> None:
+    with pytest.raises(UsageError, match=sentence):
         engine_graph(scheme).build(tmp_path, 75, 89)
     assert not (tmp_path / "engines").exists()
+
+
+def test_a_graph_for_sm_75_has_it_for_a_reason(
+    engine_graph: EngineGraphs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without the refusal the audit finds what the pass `keep_codes` is there for."""
+    monkeypatch.setattr(compiling, "check_codes", lambda sms, uses: None)
+    with pytest.raises(EngineError, match="Int8 is expanded to 16 bits in memory on every call"):
+        engine_graph("w8a16").build(tmp_path, 75)
+    engine_graph("w8a16", sms=(75,)).build(tmp_path, 75)
 
 
 def test_progress_is_told_in_percent(engine_graph: EngineGraphs, tmp_path: Path) -> None:
