@@ -81,6 +81,9 @@ def engine_manifest(shape: Shape, *engines: FakeEngineFile) -> dict[str, Any]:
 def _shapes(profile: Profile, shape: Shape) -> dict[str, list[list[int]]]:
     _, batch, tokens = profile
     ids = [[rows, count] for rows, count in zip(batch, tokens, strict=True)]
-    cache = [[rows, shape.kv_heads, shape.slots, shape.head_dim] for rows in batch]
-    names = [f"past_key_values.{layer}.{part}" for layer in range(shape.layers) for part in ("key", "value")]
-    return {"input_ids": ids, "position_ids": ids, **dict.fromkeys(names, cache)}
+    caches = {
+        f"past_key_values.{layer}.{part}": [[rows, shape.kv_heads, slots, shape.head_dim] for rows in batch]
+        for layer, slots in enumerate(shape.layer_slots)
+        for part in ("key", "value")
+    }
+    return {"input_ids": ids, "position_ids": ids, **caches}

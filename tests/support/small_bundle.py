@@ -29,7 +29,10 @@ ONNX_TYPE = {
 
 @dataclass(frozen=True)
 class Shape:
-    """The size of the small model, and what its bundle promises."""
+    """The size of the small model, and what its bundle promises.
+
+    With a window the first layer is local; with a chunk its cache rolls, for steps of so many tokens.
+    """
 
     layers: int = 2
     hidden: int = 32
@@ -42,6 +45,14 @@ class Shape:
     logits: str = "all"
     cache_dtype: str = "float32"
     seed: int = 0
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def layer_slots(self) -> list[int]:
+        """Slots of each layer's cache."""
+        rolling = self.window + self.chunk - 1 if self.window and self.chunk else self.slots
+        return [rolling, *[self.slots] * (self.layers - 1)]
 
 
 class _Graph:
@@ -74,6 +85,30 @@ class _Graph:
         shaped = self.add("Reshape", x, self.constant(np.array([0, 0, count, size])))
         return self.add("Transpose", shaped, perm=[0, 2, 1, 3])
 
+    def masked(self, *conditions: str) -> str:
+        """A mask of what fulfils all conditions."""
+        seen = conditions[0]
+        for condition in conditions[1:]:
+            seen = self.add("And", seen, condition)
+        lowest = self.constant(np.finfo(np.float32).min)
+        return self.add("Where", seen, self.constant(np.float32(0)), lowest)
+
+    def window_mask(self, shape: Shape, positions: str) -> str:
+        """The first layer's mask: of the positions that its slots hold, those in the window."""
+        size = shape.layer_slots[0]
+        held = self.constant(np.arange(size).reshape(1, 1, 1, -1))
+        if shape.chunk:
+            minus_one = self.constant(np.array([-1]))
+            last = self.add("Gather", positions, minus_one, axis=2)
+            behind = self.add("Add", last, self.constant(size - np.arange(size).reshape(1, 1, 1, -1)))
+            held = self.add("Sub", last, self.add("Mod", behind, self.constant(np.int64(size))))
+        begin = self.add("Sub", positions, self.constant(np.int64(shape.window or 0)))
+        return self.masked(
+            self.add("LessOrEqual", held, positions),
+            self.add("Greater", held, begin),
+            self.add("GreaterOrEqual", held, self.constant(np.int64(0))),
+        )
+
 
 def small_graph(shape: Shape) -> onnx.ModelProto:
     """The decoder: TensorScatter into the caches, Attention over all slots with a mask from positions."""
@@ -86,10 +121,12 @@ def small_graph(shape: Shape) -> onnx.ModelProto:
     # The mask: [B, 1, T, S].
     slots = graph.constant(np.arange(shape.slots).reshape(1, 1, 1, -1))
     positions = graph.add("Unsqueeze", "position_ids", graph.constant(np.array([1, 3])))
-    seen = graph.add("LessOrEqual", slots, positions)
-    lowest = graph.constant(np.finfo(np.float32).min)
-    mask = graph.add("Where", seen, graph.constant(np.float32(0)), lowest)
-    first = graph.add("Gather", "position_ids", graph.constant(np.int64(0)), axis=1)
+    masks = [graph.masked(graph.add("LessOrEqual", slots, positions))] * shape.layers
+    begins = [graph.add("Gather", "position_ids", graph.constant(np.int64(0)), axis=1)] * shape.layers
+    if shape.window:
+        masks[0] = graph.window_mask(shape, positions)
+    if shape.chunk:
+        begins[0] = graph.add("Mod", begins[0], graph.constant(np.int64(shape.layer_slots[0])))
     embedding = graph.constant(graph._random.standard_normal((shape.vocabulary, shape.hidden), np.float32))
     x = graph.add("Gather", embedding, "input_ids")
     for layer in range(shape.layers):
@@ -106,12 +143,14 @@ def small_graph(shape: Shape) -> onnx.ModelProto:
             if shape.cache_dtype != "float32":
                 made = graph.add("Cast", made, to=ONNX_TYPE[shape.cache_dtype])
             past, name = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
-            written = graph.add("TensorScatter", past, made, first, output=name, axis=-2, mode="linear")
+            written = graph.add(
+                "TensorScatter", past, made, begins[layer], output=name, axis=-2, mode="linear"
+            )
             if shape.cache_dtype != "float32":
                 written = graph.add("Cast", written, to=TensorProto.FLOAT)
             present.append(written)
         q = graph.add("RotaryEmbedding", q, cos, sin, "position_ids")
-        attended = graph.add("Attention", q, *present, mask)
+        attended = graph.add("Attention", q, *present, masks[layer])
         attended = graph.add("Transpose", attended, perm=[0, 2, 1, 3])
         attended = graph.add("Reshape", attended, graph.constant(np.array([0, 0, width])))
         x = graph.add("Add", x, graph.add("MatMul", attended, graph.weight(width, shape.hidden)))
@@ -138,14 +177,20 @@ def small_graph(shape: Shape) -> onnx.ModelProto:
 
 def contract(shape: Shape) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Inputs and outputs as the manifest lists them."""
-    cache = {"dtype": shape.cache_dtype, "shape": ["B", shape.kv_heads, shape.slots, shape.head_dim]}
-    names = [f"{layer}.{part}" for layer in range(shape.layers) for part in ("key", "value")]
+    caches = {
+        f"{layer}.{part}": {
+            "dtype": shape.cache_dtype,
+            "shape": ["B", shape.kv_heads, slots, shape.head_dim],
+        }
+        for layer, slots in enumerate(shape.layer_slots)
+        for part in ("key", "value")
+    }
     rows = 1 if shape.logits == "last" else "T"
     inputs = [{"name": name, "dtype": "int64", "shape": ["B", "T"]} for name in ("input_ids", "position_ids")]
-    inputs += [{"name": f"past_key_values.{name}", **cache} for name in names]
+    inputs += [{"name": f"past_key_values.{name}", **cache} for name, cache in caches.items()]
     outputs: list[dict[str, Any]] = [
         {"name": "logits", "dtype": "float32", "shape": ["B", rows, shape.vocabulary]},
-        *({"name": f"present.{name}", **cache} for name in names),
+        *({"name": f"present.{name}", **cache} for name, cache in caches.items()),
     ]
     return inputs, outputs
 
@@ -206,6 +251,7 @@ def manifest(shape: Shape) -> dict[str, Any]:
             "inputs": inputs,
             "outputs": outputs,
             "passes": {},
+            **_rolling(shape),
         },
         "tokens": {"bos": 2, "eos": 1, "pad": 0, "stop": [1, 107]},
         "bytes": {"weights": 0, "per_token": 0, "cache_per_row": 0},
@@ -213,6 +259,13 @@ def manifest(shape: Shape) -> dict[str, Any]:
         "parity": {"verdict": "not run", "level": "none", "allowed_failure": False},
         "tools": {},
     }
+
+
+def _rolling(shape: Shape) -> dict[str, Any]:
+    if not shape.chunk:
+        return {}
+    rolling = {"layers": [0], "window": shape.window, "chunk": shape.chunk, "slots": shape.layer_slots[0]}
+    return {"rolling": {**rolling, "saved_per_row": 0}}
 
 
 def write_manifest(folder: Path, contents: dict[str, Any]) -> None:
