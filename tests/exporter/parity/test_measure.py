@@ -5,11 +5,16 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from gemma_export.errors import CheckpointError
 from gemma_export.exporter.config import tiny_folder
-from gemma_export.exporter.parity.measure import source_of_bundle, what_is_quantized
+from gemma_export.exporter.events import ignore
+from gemma_export.exporter.parity.measure import audit_range, source_of_bundle, what_is_quantized
+from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.parity.report import Quantized
+from gemma_export.exporter.request import BuildRequest
+from gemma_export.exporter.source import requested_source
 from gemma_export.runtime.bundle import Manifest, open_bundle
 from gemma_export.runtime.manifest import QuantizationInfo, QuantizedTensor
 
@@ -65,3 +70,20 @@ def test_a_report_names_the_layers_that_keep_16_bits(manifest: Manifest) -> None
     found = what_is_quantized(replace(manifest, scheme="w8a16", cache_dtype="int8", quantization=info))
     assert found == Quantized("w8a16", {"w8": 2, "float": 1}, kept, "int8")
     assert json.loads(json.dumps(asdict(found))) == asdict(found)
+
+
+def test_the_range_audit_leaves_torchs_products_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes after it, the reference of the gate for one, is computed in fp32 again."""
+    request = BuildRequest(size="tiny", target="onnx", precision="fp16")
+    found: list[str] = []
+
+    def run(self: Reference, *arguments: object, **options: object) -> None:
+        found.append(torch.get_float32_matmul_precision())
+        raise InterruptedError
+
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(Reference, "run", run)
+    with pytest.raises(InterruptedError):
+        audit_range(request, requested_source(request), ignore)
+    assert found == ["medium"]
+    assert torch.get_float32_matmul_precision() == before == "highest"
