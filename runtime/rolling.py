@@ -63,4 +63,5 @@ class RollingCache:
             written: int64 [B], how many positions of each row have been written since its beginning.
         """
         last_lost = written - 1 - self.slots
-        return (starts == 0) | (last_lost < 0) | (last_lost <= starts - self.window)
+        can: npt.NDArray[np.bool_] = (starts == 0) | (last_lost < 0) | (last_lost <= starts - self.window)
+        return can

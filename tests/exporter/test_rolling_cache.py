@@ -3,6 +3,7 @@
 The device is played by a list of slots that remember which token was last written there.
 """
 
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
@@ -15,7 +16,9 @@ from gemma_export.errors import OverwrittenError, UsageError
 from gemma_export.exporter.cache_layout import rolling_cache
 from gemma_export.exporter.config import GemmaConfig, preset
 from gemma_export.exporter.decoder import rolling_mask, written_slots
+from gemma_export.exporter.engines.budget import MemoryPlan
 from gemma_export.exporter.request import BuildRequest
+from gemma_export.exporter.schemes import scheme_for
 from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.rolling import RollingCache
 
@@ -174,6 +177,13 @@ def test_a_released_model_saves_what_its_local_layers_do_not_keep() -> None:
     per_slot = 2 * 16 * 128 * 2  # Keys and values of 16 heads of 128 halves.
     assert rolling.saved_per_row == 23 * (8192 - 4608) * per_slot
     assert rolling_cache(config, 8192, 100, 2).slots == 4200
+
+
+def test_an_engine_needs_less_memory_by_what_it_saves() -> None:
+    config = preset("gemma2-27b")
+    rolling = rolling_cache(config, 8192, 512, 2)
+    full = MemoryPlan(config, "rtx", "fp16", scheme_for("rtx", "fp16"), slots=8192, rows=3)
+    assert full.cache - replace(full, rolling=rolling).cache == 3 * rolling.saved_per_row
 
 
 def test_a_cache_that_would_be_no_shorter_is_refused() -> None:
