@@ -11,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 from support.command_line import Invoke, Outcome, RunCli, command
 
 from gemma_export.exporter.config import tiny_folder
+
+# How long an example takes is the machine's, and what else it does.
+settings.register_profile("no clock", deadline=None)
+settings.load_profile("no clock")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,6 +59,17 @@ def run_cli() -> RunCli:
         return subprocess.run(command(arguments, prelude), env=env, cwd=cwd, check=False, **options)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Torch on one thread: for tiny products, several only wait for each other, spinning."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

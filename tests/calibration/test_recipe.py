@@ -13,19 +13,12 @@ from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import decode, round_trip
 from gemma_export.graphs.tensors import InMemory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PER_TOKEN = Arithmetic("w8a8-token", WeightFormat(8), "token")
 STATIC = Arithmetic("w8a8-tensor", WeightFormat(8), "tensor")
 WEIGHTS_ONLY = Arithmetic("w8", WeightFormat(8), "none")
 FOUR_BITS = Arithmetic("w4", WeightFormat(4, 32, negative_scales=True), "block")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -11,18 +11,11 @@ from gemma_export.calibration.smoothing import FARTHEST, WORTHWHILE, Vectors, se
 from gemma_export.calibration.statistics import InputStatistics
 from gemma_export.graphs.formats import WeightFormat
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OUTLIERS = [3, 17, 40]
 PER_TOKEN = Arithmetic("w8a8-token", WeightFormat(8), "token")
 FOUR_BITS = Arithmetic("w4", WeightFormat(4, 32, negative_scales=True), "block")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def layer(factor: float = 1.0, channels: int = 64) -> tuple[Tensor, Tensor]:

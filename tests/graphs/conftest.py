@@ -1,10 +1,7 @@
-"""The traced graph of a small decoder: traced once, cloned for each test; and torch on one thread."""
-
-from collections.abc import Iterator
+"""The traced graph of a small decoder: traced once, cloned for each test."""
 
 import onnx_ir as ir
 import pytest
-import torch
 from support.graphs import MakeGraph, cloned, random_weights, small_config
 
 from gemma_export.exporter.trace import bind_weights, trace
@@ -31,12 +28,3 @@ def raw_graph(_traced: dict[int, ir.Model]) -> MakeGraph:
         return model
 
     return make
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """As the writer of weights has torch: threads of its own would wait for each other, spinning."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)

@@ -1,6 +1,6 @@
 """Channels scaled in one place and scaled back in the next: the model says the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
@@ -16,17 +16,10 @@ from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.store_half import store_half
 from gemma_export.graphs.tensors import InMemory, StreamedTensor, streamed
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 WIDTH, HIDDEN = 48, 32
 """Of the small graph's MLP and residual stream."""
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the writer of weights has torch: threads of its own would wait for each other, spinning."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def vectors(layers: int, hidden: int, width: int) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
 """Weights that are quantized while they are read: any order of reading, every layout, on the disk and off."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +40,8 @@ from gemma_export.graphs.tensors import (
     add_initializer,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROWS, COLUMNS = 50, 64
 WEIGHT = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(0))
 PER_ROW, BLOCKS, NIBBLES = WeightFormat(8), WeightFormat(8, 16), WeightFormat(4, 32, negative_scales=True)
@@ -56,15 +57,6 @@ class Counting(InMemory):
     def read(self, start: int, stop: int) -> Tensor:
         object.__setattr__(self, "rows", self.rows + stop - start)
         return super().read(start, stop)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """As the writer of weights has torch: threads of its own would wait for each other, spinning."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

@@ -20,6 +20,8 @@ from gemma_export.exporter.parity.plan import CHUNKS, make_plan
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.runtime.parity import BUDGETS
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = GemmaConfig(
     name="random",
     vocab_size=300,
@@ -37,15 +39,6 @@ TEXTS = [
     [2, *np.random.default_rng(i).integers(3, 300, size).tolist()]
     for i, size in enumerate((60, 47, 30, 20, 9, 1))
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class FakeCache:

@@ -9,6 +9,8 @@ from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.parity import observation
 from gemma_export.exporter.parity.reference import Reference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = GemmaConfig(
     name="random",
     vocab_size=300,
@@ -20,15 +22,6 @@ CONFIG = GemmaConfig(
     intermediate_size=80,
     context_length=64,
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def observed(wanted: frozenset[str] | None) -> dict[str, torch.Tensor]:

@@ -16,14 +16,7 @@ from gemma_export.exporter.parity import reference as reference_module
 from gemma_export.exporter.parity.reference import Reference, head_logits
 from gemma_export.exporter.parity.reference_transformers import TransformersReference
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SEQUENCES = [[2, 5, 9, 200, 31, 7, 7, 90], [2], [2, 299, 17, 4, 4, 120, 56, 33, 8, 211, 3, 150, 77]]

@@ -3,7 +3,7 @@
 Each feature is then taken out of our side alone: what a test cannot see missing, it cannot see wrong.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,8 @@ from gemma_export.exporter.parity import reference as reference_module
 from gemma_export.exporter.parity.reference import Reference, ReferenceRun
 from gemma_export.exporter.parity.reference_transformers import TransformersReference
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 pytest.importorskip("transformers")
 
 WINDOW = 64
@@ -34,14 +36,6 @@ WINDOW = 64
 LENGTHS = (WINDOW - 1, WINDOW, WINDOW + 1, 600)
 SEQUENCES = [random_tokens(length, seed=length) for length in LENGTHS]
 VISIBLE = 20 * RELATIVE_ERROR
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

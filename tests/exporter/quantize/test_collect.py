@@ -26,6 +26,8 @@ from gemma_export.exporter.request import Products, Scheme, scheme_for
 from gemma_export.exporter.source import Source
 from gemma_export.graphs.tensors import InMemory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = GemmaConfig(
     name="random",
     vocab_size=300,
@@ -55,15 +57,6 @@ SEQUENCES = [
 ]
 TEXT = CalibrationText("some text", 5, 145, 0, "0" * 64)
 OUTLIERS = [3, 17, 40]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def source(**changes: Tensor) -> Source:

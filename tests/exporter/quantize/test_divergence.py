@@ -9,14 +9,7 @@ from hypothesis import strategies as st
 from gemma_export.exporter.quantize.divergence import Divergence
 from gemma_export.runtime.parity import ParityAccumulator
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def logits(seed: int, positions: int = 6, vocabulary: int = 50, size: float = 4.0) -> torch.Tensor:

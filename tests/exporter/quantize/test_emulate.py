@@ -32,6 +32,8 @@ from gemma_export.graphs.quantization import (
 )
 from gemma_export.graphs.tensors import InMemory
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = GemmaConfig(
     name="random",
     vocab_size=96,
@@ -45,15 +47,6 @@ CONFIG = GemmaConfig(
 )
 BLOCKS, ROWS = WeightFormat(8, 16), WeightFormat(8)
 NAMES = tuple(f"layers.0.{name}" for name in merged_layers(CONFIG))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """What the model writes itself: drawn from its own probabilities, repeatable, and never a control token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +23,12 @@ from gemma_export.exporter.source import Source, open_source, requested_source
 from gemma_export.graphs.tensors import InMemory
 from gemma_export.runtime.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = GemmaConfig("random", 40, 32, 2, 4, 2, 8, 48, 64)
 BARRED = (0, 2, 3, 17)
 BEGINNINGS = [[2], [2, 9, 8, 30, 4], [2], [2, 6], [2], [2, 5, 5, 5]]
 LENGTH = 24
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=[1, 2, 4], ids=["MQA", "GQA", "MHA"], scope="module")

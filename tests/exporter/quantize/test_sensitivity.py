@@ -31,6 +31,8 @@ from gemma_export.graphs.quantization import LinearQuantization, Quantization, r
 from gemma_export.graphs.tensors import InMemory
 from gemma_export.runtime.parity import ParityAccumulator, ParityFigures
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CONFIG = GemmaConfig(
     name="random",
     vocab_size=300,
@@ -55,15 +57,6 @@ SECOND = replace(
 SEQUENCES = [[2, 5, 9, 200, 31, 7, 7, 90], [2], [2, 299, 17, 4, 4, 120, 56, 33, 8, 211, 3, 150, 77]]
 LAYOUT = WeightFormat(4, 32)
 EIGHT = WeightFormat(8, 32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tiny products on several threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
