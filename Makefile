@@ -37,7 +37,7 @@ lint: environment wheel ## Check style, the imports between rooms, and the types
 	PYTHONPATH=build/installed $(python) -c "from importlinter.cli import lint_imports_command as run; run()"
 	MYPYPATH=build/installed $(python) -m mypy -p gemma_export
 
-wheel: environment ## Build dist/gemma_export-VERSION-py3-none-any.whl
+wheel: environment ## Build dist/gemma_export-VERSION-....whl
 	@# What an older build left in build/lib would go into the wheel.
 	rm -rf build dist
 	$(python) -m build --wheel --no-isolation --outdir dist . > /dev/null
