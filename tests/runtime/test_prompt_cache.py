@@ -47,6 +47,34 @@ def test_one_prompt_after_the_other_gets_what_it_gets_alone(
         assert generation._reused_tokens == held
 
 
+@pytest.fixture(scope="module")
+def rolling(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    """Caches of 16 slots, of which a query sees 8: a row can go back 9 tokens, and else begins again."""
+    shape = Shape(slots=160, window=8, chunk=9)
+    return load(write_bundle(tmp_path_factory.mktemp("rolling") / "bundle", shape), threads=1)
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 7])
+def test_caches_that_roll_are_reused_as_far_as_they_can(
+    rolling: Session, tmp_path: Path, draft_tokens: int
+) -> None:
+    story = f"{LONG} and a queen, and they had a son. "
+    prompts = [f"{story * 2}He", f"{story * 2}She", story, f"{story * 2}He went", f"{story * 2}He went away"]
+    cache = rolling.new_prompt_cache()
+    reused = []
+    for prompt in prompts:
+        options: dict[str, Any] = {"max_new_tokens": 3, "stop_tokens": (), "draft_tokens": draft_tokens}
+        generation = rolling.generate(prompt, prompt_cache=cache, **options)
+        assert generation.tokens == rolling.generate(prompt, **options).tokens
+        reused.append(generation.stats.reused_tokens)
+        places = [cache.cache.reusable(length) for length in range(cache.cache.length)]
+        rolling.save_cache(cache, tmp_path / "kept")
+        cache = rolling.load_cache(tmp_path / "kept")
+        assert [cache.cache.reusable(length) for length in range(cache.cache.length)] == places
+    # A few words back, and forward, but not to where the story had been told once.
+    assert [count > 0 for count in reused] == [False, True, False, True, True]
+
+
 def test_what_is_reused_is_told(session: Session) -> None:
     cache = session.new_prompt_cache()
     session.read(LONG, cache)
