@@ -114,6 +114,7 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
         rows=request.max_batch,
         chunk=request.prefill_chunk,
         all_logits=manifest.graph.logits == "all",
+        decomposed=manifest.graph.passes.get("decompose_attention", 0) > 0,
         rolling=rolling,
         sms=request.sms,
     )

@@ -233,6 +233,7 @@ def _plan_engines(request: BuildRequest, source: Source, slots: int) -> EngineRe
         chunk=engines.prefill_chunk,
         block=request.block,
         all_logits=request.logits == "all",
+        decomposed=source.config.attention_softcap is not None,
         rolling=rolling,
         sms=engines.sms,
     )

@@ -211,17 +211,11 @@ class BuildRequest:
         """The engines to build; None for a target that has none.
 
         Raises:
-            UsageError: The cache or a prefill chunk is longer than what the model was trained for, or its
-                attention is none that TensorRT computes.
+            UsageError: The cache or a prefill chunk is longer than what the model was trained for.
         """
         flavour = next((flavour for flavour in FLAVOURS if flavour == self.target), None)
         if flavour is None:
             return None
-        if config.attention_softcap is not None:
-            raise UsageError(
-                f"{config.name} caps its attention scores, and TensorRT's attention has no soft-cap.",
-                f"Engines are built of Gemma 1; build {config.name} with --target cpu or --target onnx.",
-            )
         rolling = self.rolling_cache(config)
         request = self.engines.request(flavour, self.cache_slots(config))
         return request if rolling is None else replace(request, prefill_chunk=rolling.chunk)

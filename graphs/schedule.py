@@ -15,6 +15,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs import spec, spec_cuda, spec_tensorrt
 from gemma_export.graphs.formats import TABLE, TURING, Form
 from gemma_export.graphs.passes.compute_rotary_tables import compute_rotary_tables
+from gemma_export.graphs.passes.decompose_attention import count_soft_caps, decompose_attention
 from gemma_export.graphs.passes.fix_total_length import fix_total_length
 from gemma_export.graphs.passes.flatten_tokens import flatten_tokens
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
@@ -199,7 +200,9 @@ def tensorrt(formats: Formats) -> Schedule:
     Of both flavours: TensorRT, and TensorRT for RTX. It is also what the target `onnx` is, for a device to
     compile.
     """
+    capped = partial(count_soft_caps, keep=formats.keep)
     steps: tuple[Step, ...] = (
+        Step(partial(decompose_attention, keep=formats.keep), _once_each, capped),
         Step(flatten_tokens, _products),
         Step(reshape_gate_up, _once_a_layer),
         Step(remove_dead_code),
@@ -224,7 +227,8 @@ def tensorrt(formats: Formats) -> Schedule:
         steps += (Step(half), Step(remove_dead_code))
     if TURING in formats.sms:
         weight_only = sum(name.endswith(".o_proj") and form == "w8" for name, form in formats.forms.items())
-        steps += (Step(keep_codes, lambda n: weight_only),)
+        # Of attention in parts, the heads come out of arithmetic already.
+        steps += (Step(keep_codes, lambda fused: min(fused, weight_only), spec.num_attentions),)
     return Schedule(steps, rules)
 
 

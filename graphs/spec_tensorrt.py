@@ -4,7 +4,8 @@ Most of what breaks one of these rules is built without a word: into an engine t
 that stores a weight once for each profile, or that makes numbers of all codes in memory, in every step.
 """
 
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 
 import onnx_ir as ir
 
@@ -18,6 +19,51 @@ TO_WEIGHT = frozenset({"Cast", "DequantizeLinear", "Transpose"})
 """What may stand between a product and its weight."""
 FINISHING = frozenset({"Cast", "Mul"})
 """What may stand between a product and what splits it."""
+
+
+def every_layer_has_its_attention(model: ir.Model) -> str | None:
+    """Each layer: one Attention; or as many products with keys as with values, and a Softmax between two."""
+    counts = Counter(node.op_type for node in model.graph)
+    if problem := spec.differences(counts, spec.fused_operators(model)):
+        return problem
+    products = 0
+    for key, value in zip(model.graph.outputs[1::2], model.graph.outputs[2::2], strict=True):
+        of_keys, of_values = (Counter(_readers(cache)) for cache in (key, value))
+        if of_keys != of_values or (of_keys != {"Attention": 1} and set(of_keys) != {"MatMul"}):
+            return f"{key.name} is read by {dict(of_keys)}, {value.name} by {dict(of_values)}"
+        products += of_keys["MatMul"]
+    return spec.differences(counts, {"Softmax": products})
+
+
+def attention_has_no_soft_cap(model: ir.Model) -> str | None:
+    """TensorRT's parser refuses it. In fp32, which TensorRT has no attention in either, it is for others."""
+    for node in _nodes(model, "Attention"):
+        if "softcap" in node.attributes and node.outputs[0].dtype != ir.DataType.FLOAT:
+            return f"{node.name} has one"
+    return None
+
+
+def products_read_caches_where_they_lie(model: ir.Model) -> str | None:
+    """The transposed view, of keys and values: any other is copied in each step, with all its slots."""
+    for node in _nodes(model, "MatMul"):
+        if spec.reads_cache(node) and not any(_is_transposed_cache(value, model) for value in node.inputs):
+            return f"{node.name} reads another view of a cache"
+    return None
+
+
+def _is_transposed_cache(value: ir.Value | None, model: ir.Model) -> bool:
+    node = None if value is None else value.producer()
+    if node is None or node.op_type != "Transpose":
+        return False
+    return list(node.attributes["perm"].as_ints()) == [0, 1, 3, 2] and node.inputs[0] in model.graph.outputs
+
+
+def scores_are_capped_in_fp32(model: ir.Model) -> str | None:
+    """Between the products of a decomposed attention nothing is rounded."""
+    for node in (*_nodes(model, "Softmax"), *_nodes(model, "Tanh")):
+        if node.outputs[0].dtype != ir.DataType.FLOAT:
+            return f"{node.name} is in {_format(node.outputs[0])}"
+    return None
 
 
 def masks_have_the_format_of_queries(model: ir.Model) -> str | None:
@@ -54,7 +100,7 @@ def caches_are_scattered_in_place(model: ir.Model) -> str | None:
 
 def weights_are_rows_behind_one_transpose(model: ir.Model) -> str | None:
     """Each product reads its weight [N, K], as it is stored: of [K, N] each profile stores its own copy."""
-    for node in _nodes(model, "MatMul"):
+    for node in _products(model):
         value, turns = node.inputs[1], []
         while value is not None and (maker := value.producer()) is not None and maker.op_type in TO_WEIGHT:
             turns += [maker.attributes["perm"].as_ints()] if maker.op_type == "Transpose" else []
@@ -117,11 +163,25 @@ def table_of_codes_is_read_once(model: ir.Model) -> str | None:
 
 def products_have_all_tokens_on_one_axis(model: ir.Model) -> str | None:
     """With an axis for the batch, a profile for several rows stores weights of its own."""
-    for node in _nodes(model, "MatMul"):
+    for node in _products(model):
         x = node.inputs[0]
         if x is None or x.shape is None or len(x.shape) != 3 or x.shape[0] != 1:
             return f"{node.name} reads {x.name if x else 'nothing'} {list(x.shape or ()) if x else ''}"
     return None
+
+
+def _products(model: ir.Model) -> list[ir.Node]:
+    """The products with weights."""
+    return [node for node in _nodes(model, "MatMul") if not spec.reads_cache(node)]
+
+
+def _readers(value: ir.Value) -> Iterator[str]:
+    """The operators that read a value, however it is turned or cast for them."""
+    for use in value.uses():
+        if use.node.op_type in ("Cast", "Transpose"):
+            yield from _readers(use.node.outputs[0])
+        else:
+            yield use.node.op_type
 
 
 def _nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
@@ -144,7 +204,10 @@ _RULES: tuple[spec.Rule, ...] = (
     spec.every_value_has_a_type,
     spec.every_initializer_has_a_value,
     spec.no_initializer_is_unused,
-    spec.fused_operators_are_all_there,
+    every_layer_has_its_attention,
+    attention_has_no_soft_cap,
+    products_read_caches_where_they_lie,
+    scores_are_capped_in_fp32,
     spec.attention_masks_are_explicit,
     masks_have_the_format_of_queries,
     operands_have_one_format,

@@ -10,9 +10,10 @@ the widest part of a step of T tokens in B rows, with S slots, in bytes of 2 whe
     mask            B · T · S, for as long as the step takes
     residual        B · T · d, in 2 and in 4 bytes
     attention       B · T · (H + 2K) · h, and K and V repeated for every query head, 2 · H · S · h, in prefill
+    or in parts     with a soft-cap: B · T · H · S in 6 bytes, and K and V turned, 2 · K · S · h, in prefill
     or the MLP      B · T · 3f: gate, up and their product
     logits          V in 2 and in 4 bytes for each row, or for each token where all are asked for
-    workspace       8 MiB, which plans of any size have
+    workspace       8 MiB, which plans of any size have; twice that with attention in parts
 
 Engines of TensorRT for RTX 1.7 say that they need, in MiB: 61.5 for 512 tokens at 2B's width with 2048 slots,
 where 64.2 is estimated; 10.2 for 256 tokens of the model that ships (10.0); for a token of either 7.9 and 7.8
@@ -33,9 +34,13 @@ from gemma_export.runtime.kv_cache import layer_slots
 from gemma_export.runtime.rolling import RollingCache
 
 _HALF, _FLOAT = 2, 4
+_SCORE = 6
+"""Of 2B's heads over 8192 slots TensorRT for RTX 1.7 asks for 4.5 (128 tokens) to 5.7 (512 tokens)."""
 _WORKSPACE = 8 << 20
 _STEP = 64
 """A cache's length that is offered is a multiple of this."""
+_SHORTEST_CHUNK = 16
+"""In shorter parts than this, a prompt would take as long as if it were decoded."""
 _SHORTEST = 256
 """And no less: a cache that holds no answer is no offer."""
 
@@ -54,6 +59,7 @@ class MemoryPlan:
         rows: The most that decode together.
         chunk: The most tokens of a row that are run at once.
         all_logits: Whether the logits of all tokens are computed.
+        decomposed: Whether attention is made of products and a softmax, with its scores in memory.
         rolling: Which caches roll; None where each has `slots`.
         sms: Compute capabilities that it must run on; none where that is open.
     """
@@ -67,6 +73,7 @@ class MemoryPlan:
     chunk: int = 512
     block: int | None = None
     all_logits: bool = False
+    decomposed: bool = False
     rolling: RollingCache | None = None
     sms: tuple[int, ...] = ()
 
@@ -108,12 +115,14 @@ class MemoryPlan:
     def _step(self, rows: int, tokens: int) -> int:
         c = self.config
         heads = (c.num_query_heads + 2 * c.num_kv_heads) * c.head_dim
-        repeated = 2 * c.num_query_heads * self.slots * c.head_dim if tokens > 1 else 0
-        attention = rows * tokens * heads * _HALF + repeated * _HALF
+        copied = c.num_kv_heads if self.decomposed else c.num_query_heads
+        copies = 2 * copied * self.slots * c.head_dim if tokens > 1 else 0
+        scores = c.num_query_heads * self.slots if self.decomposed else 0
+        attention = rows * tokens * (heads * _HALF + scores * _SCORE) + copies * _HALF
         mlp = rows * tokens * 3 * c.intermediate_size * _HALF
         steady = rows * tokens * (self.slots * _HALF + c.hidden_size * (_HALF + _FLOAT))
         logits = rows * (tokens if self.all_logits else 1) * c.vocab_size * (_HALF + _FLOAT)
-        return steady + max(attention, mlp) + logits + _WORKSPACE
+        return steady + max(attention, mlp) + logits + (1 + self.decomposed) * _WORKSPACE
 
 
 def check_memory(plan: MemoryPlan, device: Device | None, memory: int | None) -> None:
@@ -183,6 +192,8 @@ def _ways(plan: MemoryPlan, available: int) -> Iterator[str]:
     """Options that would fit: one change each, then a smaller precision with a shorter cache."""
     if plan.rows > 1 and (rows := _most_rows(plan, available)):
         yield f"--max-batch {rows}"
+    if chunk := _largest_chunk(plan, available):
+        yield f"--prefill-chunk {chunk}"
     if slots := _longest(plan, available):
         yield f"--max-length {slots}"
     for smaller in _smaller(plan):
@@ -196,6 +207,16 @@ def _most_rows(plan: MemoryPlan, available: int) -> int:
     return next(
         (rows for rows in range(plan.rows - 1, 0, -1) if replace(plan, rows=rows).total <= available), 0
     )
+
+
+def _largest_chunk(plan: MemoryPlan, available: int) -> int:
+    """The longest part of a prompt that fits, halved until it does; 0 where none worth having does."""
+    chunk = plan.chunk // 2
+    while chunk >= _SHORTEST_CHUNK:
+        if replace(plan, chunk=chunk).total <= available:
+            return chunk
+        chunk //= 2
+    return 0
 
 
 def _longest(plan: MemoryPlan, available: int) -> int:

@@ -84,13 +84,11 @@ def _build(
             profiles,
             sms if flavour == "rtx" else (),
             folder / name,
-            check=lambda network: check_network(network, layers),
+            check=lambda network: check_network(network, source, layers),
             progress=lambda done, total: listener(events.StageProgress(STAGE, done, total, "percent")),
         )
         try:
-            audit = audit_plan(
-                read_plan(built.log), source.uses, source.caches, [p.name for p in profiles], weights
-            )
+            audit = audit_plan(read_plan(built.log), source, profiles, weights)
             require_clean(audit, f"The engine for SM {targets}")
         except BaseException:
             (folder / name).unlink()

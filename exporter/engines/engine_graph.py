@@ -1,4 +1,4 @@
-"""What a graph promises of its engine: inputs, caches, and each stored weight with its users and its type."""
+"""What a graph promises of its engine: inputs, caches, and weights, with what reads them."""
 
 import math
 from collections.abc import Collection, Iterator, Sequence
@@ -49,6 +49,19 @@ class WeightUse:
 
 
 @dataclass(frozen=True)
+class CacheProduct:
+    """A product of queries and keys, or of weights and values, where attention is no operator of its own.
+
+    Attributes:
+        operator: The ONNX node's name.
+        cache: The cache output that it reads.
+    """
+
+    operator: str
+    cache: str
+
+
+@dataclass(frozen=True)
 class EngineGraph:
     """A graph that is to be compiled.
 
@@ -59,6 +72,8 @@ class EngineGraph:
         slots: Of a cache row.
         uses: Of its weights.
         types: Of its inputs and weights, in TensorRT's spelling.
+        attentions: How many attentions are one operator.
+        products: Of the others, every product with a cache.
     """
 
     file: Path
@@ -67,6 +82,8 @@ class EngineGraph:
     slots: int
     uses: tuple[WeightUse, ...]
     types: frozenset[str]
+    attentions: int
+    products: tuple[CacheProduct, ...] = ()
 
 
 def read_graph(file: Path) -> EngineGraph:
@@ -97,6 +114,8 @@ def read_graph(file: Path) -> EngineGraph:
         slots,
         tuple(_weight_uses(graph)),
         frozenset(_TYPES[value.dtype] for value in values if value.dtype in _TYPES),
+        sum(node.op_type == "Attention" for node in graph),
+        tuple(_cache_products(graph)),
     )
 
 
@@ -118,6 +137,16 @@ def check_codes(sms: Collection[int], uses: Sequence[WeightUse]) -> None:
 def _spec(value: ir.Value) -> TensorSpec:
     shape = () if value.shape is None else tuple(d if isinstance(d, int) else str(d) for d in value.shape)
     return TensorSpec(str(value.name), "" if value.dtype is None else value.dtype.name, shape)
+
+
+def _cache_products(graph: ir.Graph) -> Iterator[CacheProduct]:
+    """Every product with a cache, in the graph's order."""
+    caches = set(graph.outputs[1:])
+    for node in graph:
+        for operand in node.inputs if node.op_type == "MatMul" else ():
+            for step in _back(operand):
+                if step in caches:
+                    yield CacheProduct(str(node.name), str(step.name))
 
 
 def _weight_uses(graph: ir.Graph) -> list[WeightUse]:

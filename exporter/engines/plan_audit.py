@@ -1,9 +1,9 @@
 """The audit of a plan: what TensorRT built is what was asked for.
 
 TensorRT compiles almost anything, silently: an attention whose mask means something else, a weight whose
-codes are made 16-bit numbers in memory on every call, a weight in two layouts. None of that is an error to
-it, and on a machine without a GPU nothing can be run. The parsed network and the list of the plan's kernels
-say all of it.
+codes are made 16-bit numbers in memory on every call, a weight in two layouts, a cache that is copied for
+every token. None of that is an error to it, and on a machine without a GPU nothing can be run. The parsed
+network and the list of the plan's kernels say all of it.
 """
 
 from collections import Counter
@@ -11,10 +11,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from gemma_export.errors import EngineError
-from gemma_export.exporter.engines.engine_graph import CODES, FLOATS, WeightUse
+from gemma_export.exporter.engines.engine_graph import CODES, FLOATS, CacheProduct, EngineGraph, WeightUse
 from gemma_export.exporter.engines.network import NetworkFacts
 from gemma_export.exporter.engines.plan import Kernel, PlanText
+from gemma_export.exporter.engines.profiles import Profile
 
+PRODUCT = "gemm"
+"""The kind of the kernels that compute products."""
 SHOWN = 3
 """Findings that are told; more of them have the same cause as a rule."""
 # Beside the weights an engine holds constants that were folded, each at an aligned address: of 2B 0.02 %, and
@@ -39,38 +42,40 @@ class PlanAudit:
     findings: tuple[str, ...]
 
 
-def check_network(facts: NetworkFacts, layers: int) -> None:
+def check_network(facts: NetworkFacts, graph: EngineGraph, layers: int) -> None:
     """Refuses a parsed network before it is compiled.
 
     Args:
         facts: What the parser made of the graph.
+        graph: The graph.
         layers: Decoder layers.
 
     Raises:
         EngineError: Attention or the cache is not what the graph means.
     """
-    _refuse(tuple(_network_findings(facts, layers)), "TensorRT reads the graph otherwise than it is meant")
+    _refuse(
+        tuple(_network_findings(facts, graph, layers)), "TensorRT reads the graph otherwise than it is meant"
+    )
 
 
-def audit_plan(
-    plan: PlanText, uses: Sequence[WeightUse], caches: Sequence[str], profiles: Sequence[str], weights: int
-) -> PlanAudit:
+def audit_plan(plan: PlanText, graph: EngineGraph, profiles: Sequence[Profile], weights: int) -> PlanAudit:
     """Holds a plan against its graph.
 
     Args:
         plan: The plan.
-        uses: Of every weight, by the graph.
-        caches: Names of the graph's cache outputs, two a layer.
-        profiles: Names of the profiles, in the plan's order.
+        graph: What it was compiled from.
+        profiles: In the plan's order.
         weights: Bytes of the graph's weights as they are stored.
     """
+    names = [profile.name for profile in profiles]
     findings = [
         *(f"it takes no notice of the input {name}" for name in plan.unread),
-        *_profile_findings(plan, profiles),
-        *_attention_findings(plan, len(caches) // 2, profiles),
-        *_cache_findings(plan, caches, profiles),
-        *_table_findings(uses),
-        *_weight_findings(plan, uses, profiles),
+        *_profile_findings(plan, names),
+        *_attention_findings(plan, graph.attentions, names),
+        *_product_findings(plan, graph.products, profiles),
+        *_cache_findings(plan, graph.caches, names),
+        *_table_findings(graph.uses),
+        *_weight_findings(plan, graph.uses, names),
     ]
     if plan.weight_bytes > weights + weights // _SHARE + _CONSTANT:
         findings.append(
@@ -102,15 +107,16 @@ def _refuse(findings: tuple[str, ...], sentence: str) -> None:
 _HINT = "Nothing was kept. Build the bundle again with this release; if it stays so, please report it."
 
 
-def _network_findings(facts: NetworkFacts, layers: int) -> Iterator[str]:
+def _network_findings(facts: NetworkFacts, graph: EngineGraph, layers: int) -> Iterator[str]:
     yield from (f"it takes no notice of the input {name}" for name in facts.unread)
     for name, kind in facts.attention.items():
         if kind == "UPPER_LEFT":
             yield f"{name} masks as if its first query stood at the cache's first slot, always"
         elif kind != "NONE":
             yield f"{name} has a causal mask of its own ({kind}) beside the graph's"
-    if len(facts.attention) != layers:
-        yield f"it has {len(facts.attention)} attentions for {layers} layers"
+    decomposed = len({product.cache for product in graph.products}) // 2
+    if len(facts.attention) + decomposed != layers:
+        yield f"it has {len(facts.attention) + decomposed} attentions for {layers} layers"
     for update in facts.updates:
         if not update.reads_input:
             yield f"{update.name} writes into a copy of the cache: something stands between it and the input"
@@ -126,11 +132,28 @@ def _profile_findings(plan: PlanText, profiles: Sequence[str]) -> Iterator[str]:
         yield f"it has kernels of {len(found)} profiles, not of {len(profiles)}"
 
 
-def _attention_findings(plan: PlanText, layers: int, profiles: Sequence[str]) -> Iterator[str]:
+def _attention_findings(plan: PlanText, attentions: int, profiles: Sequence[str]) -> Iterator[str]:
     fused = Counter(kernel.profile for kernel in plan.kernels if kernel.is_attention)
     for index, name in enumerate(profiles):
-        if fused[index] != layers:
-            yield f"{fused[index]} of {layers} attentions are one kernel in the profile {name}"
+        if fused[index] != attentions:
+            yield f"{fused[index]} of {attentions} attentions are one kernel in the profile {name}"
+
+
+def _product_findings(
+    plan: PlanText, products: Sequence[CacheProduct], profiles: Sequence[Profile]
+) -> Iterator[str]:
+    """Each product is one kernel, which for a token reads the cache itself: a copy is of all slots.
+
+    For several tokens TensorRT turns a cache once for all of them.
+    """
+    for index, profile in enumerate(profiles):
+        kernels = [kernel for kernel in plan.kernels if kernel.profile == index and kernel.kind == PRODUCT]
+        for product in products:
+            mine = [kernel for kernel in kernels if product.operator in kernel.operators]
+            if len(mine) != 1:
+                yield f"{product.operator} is {len(mine)} kernels in the profile {profile.name}"
+            elif profile.tokens.max == 1 and all(t.name != product.cache for t in mine[0].inputs):
+                yield f"{product.cache} is copied for {product.operator}, in the profile {profile.name}"
 
 
 def _cache_findings(plan: PlanText, caches: Sequence[str], profiles: Sequence[str]) -> Iterator[str]:

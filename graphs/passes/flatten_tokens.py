@@ -22,7 +22,7 @@ from gemma_export.graphs.passes.patterns import ints, last_dim, stand_in
 from gemma_export.graphs.passes.quantized_layers import add_constant
 from gemma_export.graphs.tensors import streamed
 
-BY_CHANNEL = frozenset({"Add", "Div", "Gelu", "MatMul", "Mul", "RMSNormalization", "Tanh"})
+BY_CHANNEL = frozenset({"Add", "Div", "Gelu", "MatMul", "Max", "Mul", "RMSNormalization", "Tanh"})
 """Operators that do the same with every token."""
 TOKENS, LAST_TOKENS = ir.SymbolicDim("tokens_of_all_rows"), ir.SymbolicDim("last_tokens_of_all_rows")
 """Names of the one axis: of all tokens, and of each row's last."""

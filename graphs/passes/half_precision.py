@@ -2,18 +2,19 @@
 
 Each operator gets one format; values that cross between two are cast, once each. In fp32 stay:
 
-- what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), a soft-cap on logits,
-  the scaled embedding and the residual stream, whose growth over the layers is what leaves fp16 first;
+- what always must: norms, rotations, the activation (in fp16 tanh-GELU flips answers), soft-caps, a softmax
+  outside an attention, the scaled embedding and the residual stream, whose growth over the layers is what
+  leaves fp16 first;
 - what rounds activations to 8 bits: a quotient in the middle between two codes needs the digits;
 - whatever `keep` names, the range audit's findings, and what reads it: cast to 16 bits on its way into the
   next operator, a value that leaves the range would be infinite there.
 
 A cache has the format of the contract: keys or values that leave it cannot be kept, and parity says so.
 
-An operator that only moves numbers has the format of what it moves, and a cast the one it says. Weights of
-an operator in an island are still stored in 16 bits and cast where they are used, unless they themselves are
-named; gains and rotary tables feed islands only and stay fp32. The mask's minimum becomes the format's own:
-cast, fp32's minimum would turn into -inf.
+An operator that only moves numbers has the format of what it moves, and a cast the one it says. Weights of an
+operator in an island are still stored in 16 bits and cast where they are used, unless they themselves are
+named; gains and rotary tables feed islands only and stay fp32. A mask has the format of what reads it, with
+that format's own minimum: cast, fp32's would turn into -inf.
 
 Codes are what they are; the numbers they stand for (DequantizeLinear) are 16 bits wide, unless everything
 that reads them is an island: no weight is made wide in memory by a cast.
@@ -28,17 +29,24 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs.passes.patterns import users
 from gemma_export.graphs.tensors import IR_DTYPES, TORCH_DTYPES, StreamedTensor, in_format, streamed
 
-ALWAYS_FP32 = frozenset({"RMSNormalization", "RotaryEmbedding", "Gelu", "Add", "Sub", "Div", "Tanh"})
-"""Operators that are islands. Every Add is one of the residual stream, every Sub one of codes looked up."""
+ALWAYS_FP32 = frozenset(
+    {"RMSNormalization", "RotaryEmbedding", "Gelu", "Add", "Sub", "Div", "Tanh", "Softmax"}
+)
+"""Operators that are islands. Every Add is one of the residual stream, or of scores and their mask; every Sub
+one of codes looked up."""
 
 NEVER_FP32 = frozenset({"GroupQueryAttention"})
 """Operators that no device computes in fp32."""
 
-MOVES = frozenset({"Gather", "Reshape", "Transpose", "Split", "Slice", "Unsqueeze"})
+MOVES = frozenset({"Concat", "Gather", "Reshape", "Transpose", "Split", "Slice", "Unsqueeze"})
 """Operators that compute nothing."""
 
-PASSES_ON = {"Cast": 1, "QuantizeLinear": 2, "DequantizeLinear": 2} | dict.fromkeys(MOVES - {"Gather"}, 1)
-"""Operators whose result leaves the range where their first operands do: how many operands, by operator."""
+PASSES_ON = (
+    {"Cast": 1, "QuantizeLinear": 2, "DequantizeLinear": 2}
+    | dict.fromkeys(MOVES - {"Gather"}, 1)
+    | {"Concat": None}
+)
+"""Operators whose result leaves the range where their first operands do: how many of them; None for all."""
 
 FLOATS = frozenset({ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16})
 
@@ -156,7 +164,7 @@ def _is_island(node: ir.Node, keep: Collection[str]) -> bool:
     read = [origin for operand in node.inputs if operand is not None for origin in _origins(operand)]
     if any(value.name in keep for value in read):
         return True
-    if node.op_type == "DequantizeLinear":
+    if node.op_type in ("DequantizeLinear", "Where"):
         return all(_is_island(reader, keep) for reader in _readers(node.outputs[0]))
     if node.op_type != "Mul":
         return False

@@ -2,49 +2,33 @@
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.checkpoints import LITTLE_2
 from support.graphs import decoder_feeds, random_weights, run
+from support.second_generation import CONFIG, SLOTS, WINDOW, canonical_graph, of_type, raw_graph
 
 from gemma_export.errors import GraphError
 from gemma_export.exporter.decoder import Decoder, rotary_tables
-from gemma_export.exporter.trace import bind_weights, trace
 from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.half_precision import half_precision
 from gemma_export.graphs.passes.lower_group_query_attention import CausalMask, find_causal_mask
 
-# Layers are local, global, global, local: two of a kind follow each other, and the last is as the first.
-CONFIG = replace(LITTLE_2, num_layers=4, head_dim=16, layer_kinds=("local", "global", "global", "local"))
-WINDOW, SLOTS = 8, 32
 TOLERANCE = 5e-6
 """Only the order of sums differs: some 50 roundings of 2^-24 on values around 1."""
 
 
-@pytest.fixture(scope="module")
-def traced() -> ir.Model:
-    return trace(CONFIG, SLOTS, all_logits=True)
+@pytest.fixture
+def raw() -> ir.Model:
+    return raw_graph()
 
 
 @pytest.fixture
-def raw(traced: ir.Model) -> ir.Model:
-    model = traced.clone()
-    values = [*model.graph.inputs, *model.graph.initializers.values()]
-    for value in (*values, *(output for node in model.graph for output in node.outputs)):
-        value.type = None if value.dtype is None else ir.TensorType(value.dtype)
-    bind_weights(model, CONFIG, random_weights(CONFIG))
-    return model
-
-
-@pytest.fixture
-def canonical(raw: ir.Model) -> ir.Model:
-    schedule.canonicalize(raw)
-    return raw
+def canonical() -> ir.Model:
+    return canonical_graph()
 
 
 def decoder() -> Decoder:
@@ -53,10 +37,6 @@ def decoder() -> Decoder:
         parameter.data = weights[name].tensor
     made.rotary_cos, made.rotary_sin = rotary_tables(CONFIG, SLOTS)
     return made
-
-
-def of_type(model: ir.Model, op_type: str) -> list[ir.Node]:
-    return [node for node in model.graph if node.op_type == op_type]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ PROMPT = "Chapter 1\n\nYou will rejoice to hear"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mqa", "mha", "gqa"])
+@pytest.mark.parametrize("family", ["mqa", "mha", "gqa", "gemma2"])
 def test_200_greedy_tokens_of_the_lowered_graph_are_those_of_transformers(
     family: str,
     build_once: BuildOnce,
@@ -48,17 +48,18 @@ WAYS += [("int8", "w8a16"), ("int8", "w8a8"), ("int4", "w4a16")]
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("size", ["tiny", "tiny2"])
 @pytest.mark.parametrize(("precision", "scheme"), WAYS, ids=["-".join(filter(None, way)) for way in WAYS])
 def test_the_shipped_model_goes_on_for_200_cached_steps(
-    precision: str, scheme: str | None, build_once: BuildOnce
+    precision: str, scheme: str | None, size: str, build_once: BuildOnce
 ) -> None:
     # As the tests of precisions and of schemes build it, so that it is built once.
     options = {"scheme_name": scheme, "logits": "all"} if scheme else {}
-    result = build_once(size="tiny", target="onnx", precision=precision, parity="quick", **options)
+    result = build_once(size=size, target="onnx", precision=precision, parity="quick", **options)
     session = measurable_session(result.path)
     prompt = session.tokenizer.encode(PROMPT)
     tokens, rows = cached_rows(session, prompt)
-    source = open_source(size="tiny")
+    source = open_source(size=size)
     run = Reference(source.config, source.weights).run([[*prompt, *tokens[:-1]]], keep_cache=False)
     reference = run.logits(0, len(prompt) - 1)
     agreement = float((reference.argmax(axis=1) == tokens).mean())

@@ -1,4 +1,4 @@
-"""Graphs to compile: the model that ships, lowered for TensorRT, with few slots and few layers."""
+"""Graphs to compile, with few slots and few layers: of the model that ships, or of Gemma 2."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -7,8 +7,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 import torch
+from support.graphs import random_weights
 from support.quantized_tiny import LINEARS, tiny_source
 
+from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.engines.build import build_engines
 from gemma_export.exporter.engines.request import EngineRequest
 from gemma_export.exporter.events import Listener, ignore
@@ -17,6 +19,7 @@ from gemma_export.graphs import schedule
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.storage import GRAPH_FILE, write_model
+from gemma_export.graphs.tensors import RowSource
 from gemma_export.runtime.manifest import EngineInfo
 
 SLOTS = 64
@@ -59,12 +62,36 @@ class Written:
         return replace(self, file=file, weights=weight_bytes(model))
 
 
+def second_generation(layers: int) -> GemmaConfig:
+    """Gemma 2 in small: grouped queries, local layers and global ones, norms around everything, both caps."""
+    return GemmaConfig(
+        name="gemma2-small",
+        family="gemma2",
+        vocab_size=512,
+        hidden_size=256,
+        num_layers=layers,
+        num_query_heads=4,
+        num_kv_heads=2,
+        head_dim=64,
+        intermediate_size=512,
+        context_length=SLOTS,
+        layer_kinds=tuple("global" if i % 2 else "local" for i in range(layers)),
+        sliding_window=16,
+        attention_softcap=50.0,
+        final_softcap=30.0,
+        query_pre_attn_scalar=64,
+        post_norms=True,
+    )
+
+
 def write_engine_graph(
     folder: Path,
     scheme: str,
     layers: int = 2,
     lower: Callable[[ir.Model], None] | None = None,
     sms: tuple[int, ...] = (),
+    *,
+    capped: bool = False,
 ) -> Written:
     """Writes a graph.
 
@@ -74,13 +101,19 @@ def write_engine_graph(
         layers: The first so many of the model's five.
         lower: Turns the canonical graph into another than TensorRT's.
         sms: Compute capabilities that it is spelled for.
+        capped: Gemma 2 with random weights, instead of the model that ships.
     """
-    source = tiny_source()
-    model = _traced(layers).clone()
+    if capped:
+        config = second_generation(layers)
+        weights: Mapping[str, RowSource] = random_weights(config)
+    else:
+        source = tiny_source()
+        config, weights = replace(source.config, num_layers=layers), source.weights
+    model = _traced(config).clone()
     values = (*model.graph.inputs, *model.graph.initializers.values())
     for value in (*values, *(output for node in model.graph for output in node.outputs)):
         value.type = None if value.dtype is None else ir.TensorType(value.dtype)  # A clone shares them.
-    bind_weights(model, replace(source.config, num_layers=layers), source.weights)
+    bind_weights(model, config, weights)
     schedule.canonicalize(model)
     if lower is not None:
         lower(model)
@@ -98,8 +131,8 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 @cache
-def _traced(layers: int) -> ir.Model:
-    return trace(replace(tiny_source().config, num_layers=layers), SLOTS)
+def _traced(config: GemmaConfig) -> ir.Model:
+    return trace(config, SLOTS)
 
 
 def _quantization(scheme: str, layers: int) -> Quantization | None:

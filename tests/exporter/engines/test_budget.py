@@ -25,8 +25,10 @@ def plan(
     target: str = "rtx",
     sms: tuple[int, ...] = (),
 ) -> MemoryPlan:
-    scheme = scheme_for(target, precision)
-    return MemoryPlan(preset(size), target, precision, scheme, slots, rows, min(512, slots), sms=sms)
+    scheme, config = scheme_for(target, precision), preset(size)
+    capped = config.attention_softcap is not None
+    chunk = min(512, slots)
+    return MemoryPlan(config, target, precision, scheme, slots, rows, chunk, decomposed=capped, sms=sms)
 
 
 def refusal(plan: MemoryPlan, device: str | None = None, memory: int | None = None) -> UsageError:
@@ -97,6 +99,7 @@ def test_without_a_device_there_is_no_budget() -> None:
         (plan("2b", "fp16", rows=8), None, 5 * GIB),
         (plan("2b", "fp16", sms=(75,)), None, 4 * GIB),
         (plan("7b", "fp16", sms=(75, 89)), "t4", None),
+        (plan("gemma2-9b", "int4"), None, 31 * GIB // 4),
     ],
     ids=[
         "7b int8 on Orin Nano",
@@ -106,6 +109,7 @@ def test_without_a_device_there_is_no_budget() -> None:
         "eight rows",
         "2b fp16 on Turing",
         "7b fp16 on a T4",
+        "scores of Gemma 2",
     ],
 )
 def test_what_does_not_fit_is_refused_with_what_would(
@@ -125,11 +129,27 @@ def test_what_does_not_fit_is_refused_with_what_would(
             precision=precision,
             scheme=scheme_for(asked.target, precision),
             slots=slots,
-            chunk=min(asked.chunk, slots),
+            chunk=min(int(given.get("prefill-chunk", asked.chunk)), slots),
             rows=int(given.get("max-batch", asked.rows)),
         )
         check_memory(fitting, None if device is None else device_named(device), memory)
         assert all(rtx_compiles(precision, sm) for sm in asked.sms)
+
+
+def test_scores_with_a_soft_cap_are_in_memory() -> None:
+    # 6 bytes a score: 8 heads x 512 tokens x 8192 slots of one layer, and nothing like it without a cap.
+    capped = plan("gemma2-2b", "int8")
+    assert capped.activations > 8 * 512 * 8192 * 6
+    assert replace(capped, decomposed=False).activations < capped.activations / 2
+    # A token has as many as there are slots, and the caches are read where they lie.
+    assert replace(capped, chunk=1).activations < 32 << 20
+
+
+def test_a_shorter_prefill_chunk_is_offered_where_scores_are_too_many() -> None:
+    asked = plan("gemma2-2b", "int8")
+    error = refusal(asked, memory=asked.total - 1)
+    assert "--prefill-chunk 256" in error.hint
+    check_memory(replace(asked, chunk=256), None, asked.total - 1)
 
 
 def test_a_longer_cache_than_the_one_offered_does_not_fit() -> None:

@@ -133,9 +133,9 @@ def test_sm_75_has_an_engine_of_its_own(sms: tuple[int, ...], count: int) -> Non
     assert engine_files(EngineRequest("rtx", sms)) == count
 
 
+@pytest.mark.parametrize("size", ["gemma2-2b", "gemma2-9b", "gemma2-27b"])
 @pytest.mark.parametrize("target", ["rtx", "tensorrt"])
-def test_attention_that_tensorrt_does_not_compute_is_refused(target: str) -> None:
-    request = BuildRequest(size="gemma2-2b", target=target, precision="bf16")
-    with pytest.raises(UsageError, match="gemma-2-2b caps its attention scores") as refusal:
-        request.engine_request(preset("gemma2-2b"))
-    assert "--target cpu" in str(refusal.value.hint)
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "int8", "int4"])
+def test_what_is_built_of_gemma_1_is_built_of_gemma_2(size: str, target: str, precision: str) -> None:
+    request = BuildRequest(size=size, target=target, precision=precision)
+    assert request.engine_request(preset(size)) == EngineRequest(target, (), 1, 512)  # type: ignore[arg-type]

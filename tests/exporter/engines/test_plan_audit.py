@@ -9,9 +9,11 @@ import pytest
 from support.engine_graphs import SLOTS, Written, write_engine_graph
 
 from gemma_export.errors import EngineError
-from gemma_export.exporter.engines.engine_graph import WeightUse, read_graph
+from gemma_export.exporter.engines.engine_graph import EngineGraph, WeightUse, read_graph
 from gemma_export.exporter.engines.plan import Kernel, PlanTensor, PlanText, read_plan
 from gemma_export.exporter.engines.plan_audit import audit_plan, require_clean
+from gemma_export.exporter.engines.profiles import Profile
+from gemma_export.runtime.manifest import Range
 
 EngineGraphs = Callable[..., Written]
 Change = Callable[[ir.Graph], None]
@@ -194,11 +196,13 @@ def test_the_graph_names_every_weight_and_who_reads_it(engine_graph: EngineGraph
     assert {"Half", "Int8", "Float"} <= graph.types
 
 
-PROFILES = ("prefill", "decode")
+ONE = Range(1, 1, 1)
+PROFILES = (Profile("prefill", ONE, Range(1, 8, 8)), Profile("decode", ONE, ONE))
 USE = WeightUse("layers.0.mlp.down_proj", "layers.0.mlp.down_proj.codes", 512, "Int8", codes=True)
 HEAD = WeightUse("head", "table", 2048, "Half")
 LOOKUP = WeightUse("embed", "table", 2048, "Half", lookup=True)
 CACHES = ("present.0.key", "present.0.value")
+GRAPH = EngineGraph(Path("model.onnx"), (), CACHES, 8, (USE, HEAD, LOOKUP), frozenset(), attentions=1)
 
 
 def kernel(profile: int, name: str = "k", **parts: object) -> Kernel:
@@ -229,7 +233,7 @@ def audited(change: Callable[[list[Kernel]], None] = lambda kernels: None, **cha
     change(kernels)
     values = {"weight_bytes": 1 << 20, "activation_bytes": (1, 1), **changes}
     plan = PlanText(tuple(kernels), **values)  # type: ignore[arg-type]
-    return "; ".join(audit_plan(plan, [USE, HEAD, LOOKUP], CACHES, PROFILES, 1 << 20).findings)
+    return "; ".join(audit_plan(plan, GRAPH, PROFILES, 1 << 20).findings)
 
 
 def test_a_clean_plan_has_no_findings() -> None:
@@ -266,7 +270,7 @@ def test_an_input_that_no_kernel_reads_is_found() -> None:
 
 def test_no_more_findings_are_told_than_a_person_reads() -> None:
     plan = PlanText(tuple(clean_kernels(0)), 0, (1, 1))
-    audit = audit_plan(plan, [USE, HEAD, LOOKUP], CACHES, PROFILES, 0)
+    audit = audit_plan(plan, GRAPH, PROFILES, 0)
     with pytest.raises(
         EngineError, match=r"^The engine is not what was asked for: .*; and \d more\."
     ) as found:
