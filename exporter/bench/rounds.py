@@ -134,7 +134,7 @@ def peers_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Contestant]:
                 )
             peers[GENAI] = Worker("genai", bundle.path)
         else:
-            peers[Path(name).name] = LlamaBench.find(Path(name))
+            peers[name] = LlamaBench.find(Path(name))
     return peers
 
 

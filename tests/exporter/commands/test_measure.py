@@ -1,5 +1,6 @@
 """The command `bench`: what it asks for, what it shows, and a real run that is as small as can be."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -85,6 +86,30 @@ def test_in_turns_with_onnxruntime_genai(
         better = 1 if figure["unit"] == "tok/s" else -1
         wanted = [(a / b) ** better for a, b in zip(figure["values"], peer["values"], strict=True)]
         assert peer["ratio"]["values"] == pytest.approx(wanted)
+
+
+def test_in_turns_with_llama_bench(
+    tiny_bundle: Path, known_machine: Machine, tmp_path: Path, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program, model = tmp_path / "llama-bench", tmp_path / "model.gguf"
+    model.write_bytes(b"GGUF")
+    # One second for a prompt of 16 or for 3 tokens, whatever is asked.
+    program.write_text(
+        f"""#!{sys.executable}
+import json, sys
+depths = [0, 509] if "-d" in sys.argv else []
+prompt = {{"n_prompt": 16, "n_gen": 0, "n_depth": 0, "samples_ns": [10**9]}}
+print(json.dumps([{{**prompt, "n_gen": 3, "n_depth": depth}} for depth in depths] or [prompt]))
+"""
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    outcome = invoke(["bench", tiny_bundle, *SMALL, "--compare", model, "--json", "-q"])
+    assert outcome.code == 0, outcome.err
+    peers = {(figure["name"], figure["at"]): figure["peers"] for figure in outcome.events[-1]["figures"]}
+    speeds = {at: told[str(model)]["median"] for at, told in peers.items() if told and at[1] is not None}
+    assert speeds == {("prefill", 16): 16.0, ("decode", 0): 3.0, ("decode", 509): 3.0}
+    assert peers["load", None] == {}
 
 
 @pytest.mark.slow
