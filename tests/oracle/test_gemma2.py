@@ -117,6 +117,32 @@ def test_what_a_post_norm_makes_small_again_may_leave_fp16(
     assert built.report.figures.mean_kl < 1e-5
 
 
+def test_scores_that_leave_fp16_are_no_reason_to_keep_attention_in_fp32(
+    checkpoint_of: Checkpoint, tmp_path: Path, traced_once: None
+) -> None:
+    """Under a cap what is infinite is the cap; and TensorRT has no attention in fp32."""
+    folder = Path(shutil.copytree(checkpoint_of("gemma2"), tmp_path / "checkpoint"))
+    weights = load_file(folder / "model.safetensors")
+    for name in ("q_proj", "k_proj"):
+        weights[f"model.layers.0.self_attn.{name}.weight"] *= 2.0**8
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    built = build(
+        BuildRequest(
+            checkpoint=folder,
+            output=tmp_path / "bundle",
+            target="onnx",
+            precision="fp16",
+            max_length=SLOTS,
+            # The last digits of such scores say whether they are the cap or its opposite.
+            allow_parity_failure=True,
+        )
+    )
+    assert built.manifest.fp32_tensors == ()
+    assert built.manifest.graph.passes["decompose_attention"] == 2
+    assert built.report is not None
+    assert np.isfinite(built.report.figures.max_relative_error)
+
+
 def test_transformers_agrees_with_the_gate(build_once: BuildOnce, checkpoint_of: Checkpoint) -> None:
     built = build_once(checkpoint=checkpoint_of("gemma2"), max_length=SLOTS, parity="quick")
     report = measure_bundle(

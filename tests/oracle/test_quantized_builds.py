@@ -82,6 +82,24 @@ def test_every_scheme_keeps_the_words(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("target", "precision", "scheme"), WAYS, ids=NAMES)
+def test_every_scheme_keeps_the_words_of_the_second_generation(
+    target: str, precision: str, scheme: str, build_once: BuildOnce
+) -> None:
+    result = build_once(size="tiny2", target=target, precision=precision, scheme_name=scheme, parity="quick")
+    manifest, report = result.manifest, result.report
+    assert report is not None
+    assert report.verdict == "pass"
+    assert report.figures.mean_kl <= MOST_KL[precision]
+    assert manifest.quantization is not None
+    assert manifest.quantization.kept == {}
+    assert len(manifest.quantization.tensors) == 4 * manifest.model.num_layers + 1
+    # Attention is one operator for onnxruntime's own providers, and in parts for TensorRT.
+    parts = manifest.graph.passes.get("decompose_attention", 0)
+    assert parts == (manifest.model.num_layers if target == "onnx" else 0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [32, 64, 128])
 def test_calibration_takes_two_fifths_off_what_int4_costs(block: int, build_once: BuildOnce) -> None:
     options = {"size": "tiny", "precision": "int4", "block": block, "parity": "quick", "logits": "all"}

@@ -29,16 +29,17 @@ PROMPT = "Chapter 1\n\nYou will rejoice to hear"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mqa", "mha", "gqa", "gemma2"])
+@pytest.mark.parametrize(("family", "seed"), [("mqa", 2), ("mha", 2), ("gqa", 2), ("gemma2", 6)])
 def test_200_greedy_tokens_of_the_lowered_graph_are_those_of_transformers(
     family: str,
+    seed: int,
     build_once: BuildOnce,
     checkpoint_of: Callable[[str], Path],
     oracle_of: Callable[[str], Any],
 ) -> None:
     result = build_once(checkpoint=checkpoint_of(family), target="onnx", max_length=SLOTS)
     assert result.manifest.graph.passes["flatten_tokens"] > 0  # It is TensorRT's graph.
-    prompt = random_tokens(24, seed=2)  # No step is a near tie.
+    prompt = random_tokens(24, seed=seed)  # No step is a near tie.
     tokens = greedy(load(result.path, threads=1), prompt)
     assert_greedy(oracle_of(family), prompt, tokens)
 
