@@ -45,7 +45,7 @@ def run(command: Callable[[], None]) -> None:
         command()
     except SystemExit as end:
         if end.code in _INTERRUPTED:
-            err.print("\nInterrupted. A bundle that was not finished is gone.", highlight=False)
+            _tell_interrupted()
         raise
     except GemmaExportError as error:
         _fail(error)
@@ -64,7 +64,11 @@ def run(command: Callable[[], None]) -> None:
         _drop_output()
         _fail(StorageError(f"The system refused: {error}.", "Check the disk and the permissions."))
     except Exception as error:
-        _defect(error)
+        end = _interruption(error)
+        if end is None:
+            _defect(error)
+        _tell_interrupted()
+        sys.exit(end)
 
 
 def _prepare_process() -> None:
@@ -82,6 +86,25 @@ def _prepare_process() -> None:
 def _end(number: int, frame: FrameType | None) -> None:
     """Ends the process through every `finally`, as Ctrl-C does."""
     sys.exit(128 + number)
+
+
+def _interruption(error: BaseException) -> int | None:
+    """The exit code of the signal that an error on the way out hides; None where there was none.
+
+    A signal may come while a library enters a context; leaving that then fails.
+    """
+    hidden = error.__context__
+    while hidden is not None:
+        if isinstance(hidden, SystemExit) and hidden.code in _INTERRUPTED:
+            return int(hidden.code)
+        if isinstance(hidden, KeyboardInterrupt):
+            return 128 + signal.SIGINT
+        hidden = hidden.__context__
+    return None
+
+
+def _tell_interrupted() -> None:
+    err.print("\nInterrupted. A bundle that was not finished is gone.", highlight=False)
 
 
 def _drop_output() -> None:

@@ -10,6 +10,8 @@ import pytest
 from support.command_line import Invoke, Outcome, RunCli, assert_refused, command, outcome_of
 from support.folders import names
 
+from gemma_export.exporter import process
+
 
 def test_defect_is_said_without_a_traceback(run_cli: RunCli, tiny_bundle: Path) -> None:
     prelude = "from gemma_export.runtime import bundle; bundle.open_bundle = None"
@@ -148,3 +150,27 @@ def test_two_builds_into_one_folder(tmp_path: Path, invoke: Invoke) -> None:
         assert_refused(invoke(["build", "--size", "tiny", "-q", "-o", output]), 2, "Another build is writing")
         (folder / "manifest.json").write_text("{}")
     assert names(tmp_path) == ["b"]
+
+
+@pytest.mark.parametrize(
+    "end", [SystemExit(143), SystemExit(129), KeyboardInterrupt()], ids=["TERM", "HUP", "INT"]
+)
+def test_an_interruption_that_another_error_hides(
+    end: BaseException, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "_prepare_process", lambda: None)
+
+    def cut_short() -> None:
+        try:
+            try:
+                raise end
+            finally:
+                raise AssertionError("the context was never entered")
+        except AssertionError:
+            raise RuntimeError("nor left")  # noqa: B904
+
+    with pytest.raises(SystemExit) as ended:
+        process.run(cut_short)
+    assert ended.value.code == (end.code if isinstance(end, SystemExit) else 130)
+    told = capsys.readouterr().err
+    assert told == "\nInterrupted. A bundle that was not finished is gone.\n"
