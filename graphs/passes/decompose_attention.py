@@ -26,7 +26,7 @@ Illegal, and left alone, when:
   (2) the attention is to be computed in fp32: the cache would be made fp32 in memory in every step.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import partial
 
 import onnx_ir as ir
@@ -70,6 +70,7 @@ def _decompose(graph: ir.Graph, attention: ir.Node) -> None:
     kv_heads, slots = key.shape[1], key.shape[2]
     assert isinstance(query_heads, int)
     assert isinstance(kv_heads, int)
+    assert isinstance(width, int)
     groups = query_heads // kv_heads
     cap, scale = attention.attributes["softcap"].as_float(), attention.attributes["scale"].as_float()
     constant = partial(add_constant, graph, dtype=ir.DataType.INT64)
@@ -109,7 +110,7 @@ def _decompose(graph: ir.Graph, attention: ir.Node) -> None:
             insert("Unsqueeze", f"group.{j}", [upright, group_axis], [rows, kv_heads, 1, tokens, width])
         )
     together = insert("Concat", "groups", parts, [rows, kv_heads, groups, tokens, width], axis=2)
-    sizes = constant(f"shape_0_{query_heads}_-1_{width}", [0, query_heads, -1, int(width)])
+    sizes = constant(f"shape_0_{query_heads}_-1_{width}", [0, query_heads, -1, width])
     merged = ir.node("Reshape", [together, sizes], name=attention.name)
     graph.insert_before(attention, merged)
     output, replaced = merged.outputs[0], attention.outputs[0]
@@ -142,7 +143,7 @@ def _insert(
     attention: ir.Node,
     op_type: str,
     part: str,
-    inputs: list[ir.Value | None],
+    inputs: Sequence[ir.Value | None],
     shape: list[int | ir.SymbolicDim],
     **attributes: int | list[int],
 ) -> ir.Value:

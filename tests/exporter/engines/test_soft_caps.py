@@ -49,6 +49,14 @@ def test_every_scheme_compiles_into_what_was_asked_for(
         assert [profile.name for profile in engine.profiles] == ["prefill", "decode", "decode-batch"]
 
 
+def test_a_graph_for_sm_75_needs_no_more_arithmetic(tmp_path: Path) -> None:
+    graph = write_engine_graph(tmp_path / "graph", "w8a16", LAYERS, capped=True, sms=(75,))
+    nodes = [node.op_type for node in ir.load(graph.file).graph]
+    assert nodes.count("Max") == LAYERS
+    (engine,) = graph.build(tmp_path, 75)
+    assert engine.sms == (75,)
+
+
 def test_the_graph_names_the_products_with_caches(capped_graph: Callable[[str], Written]) -> None:
     graph = read_graph(capped_graph("fp16").file)
     assert graph.attentions == 0
