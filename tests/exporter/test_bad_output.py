@@ -3,14 +3,13 @@
 import errno
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.command_line import Invoke, Outcome, assert_refused
+from support.disk import largest_file
 from support.folders import only
 
 from gemma_export.exporter import bundle, pipeline
@@ -49,7 +48,7 @@ def fill_disk_late(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("fill", "words"),
     [
-        pytest.param(refuse_room, "The bundle needs 0.02 GB", id="seen beforehand"),
+        pytest.param(refuse_room, "The bundle needs 0.09 GB", id="seen beforehand"),
         pytest.param(fill_disk, "No space left on device", id="at the weights"),
         pytest.param(fill_disk_late, "Disk quota exceeded", id="at the report"),
     ],
@@ -64,16 +63,6 @@ def test_full_disk(
     fill(monkeypatch)
     assert_refused(invoke(["build", "--size", "tiny", "-o", tmp_path / "b", "-q"]), 1, words)
     only(tmp_path)
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.usefixtures("traced_once")

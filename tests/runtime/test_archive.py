@@ -3,16 +3,15 @@
 import io
 import json
 import os
-import resource
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.damage import cut, flip_byte
+from support.disk import largest_file
 
 from gemma_export.errors import BundleError, GemmaExportError, StorageError, UsageError
 from gemma_export.runtime.archive import pack, unpack
@@ -74,17 +73,6 @@ def refusal(archive: Path, folder: Path, error: type[GemmaExportError] = BundleE
         unpack(archive, folder)
     assert caught.value.hint
     return caught.value.message
-
-
-@contextmanager
-def largest_file(size: int) -> Iterator[None]:
-    """Files may have so many bytes and no more: what a full disk does to a program."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def test_comes_back_as_it_was(small_bundle: Path, packed: Path, folder: Path) -> None:

@@ -8,6 +8,10 @@ from typing import Any
 from support.fake_tensorrt import write_engine
 from support.small_bundle import Shape, manifest, write_bundle, write_manifest
 
+from gemma_export.runtime.bundle import open_bundle
+from gemma_export.runtime.onnxruntime import OnnxRuntimeBackend
+from gemma_export.runtime.session import Session
+
 VERSION = "1.7.1.116"
 
 Profile = tuple[str, tuple[int, int, int], tuple[int, int, int]]
@@ -87,3 +91,9 @@ def _shapes(profile: Profile, shape: Shape) -> dict[str, list[list[int]]]:
         for part in ("key", "value")
     }
     return {"input_ids": ids, "position_ids": ids, **caches}
+
+
+def on_cpu(bundle: Path) -> Session:
+    """The same graph through the onnxruntime backend."""
+    opened = open_bundle(bundle, check="sizes")
+    return Session(opened, OnnxRuntimeBackend(opened, threads=1))

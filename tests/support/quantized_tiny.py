@@ -1,6 +1,5 @@
 """The model that ships, as a canonical graph and as a torch module whose products can be rounded."""
 
-from collections.abc import Callable
 from functools import cache
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy.typing as npt
 import onnx_ir as ir
 import torch
 from support.graphs import cloned
-from torch import Tensor, nn
+from torch import nn
 
 from gemma_export.exporter.decoder import Decoder, rotary_tables
 from gemma_export.exporter.source import Source, open_source
@@ -18,7 +17,6 @@ from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.quantization import LinearQuantization, Quantization, round_per_token, round_trip
 
 Array = npt.NDArray[np.float32]
-Round = Callable[[Tensor], Tensor]
 
 SLOTS = 32
 TABLE = LinearQuantization("w8", WeightFormat(8, 256))

@@ -1,14 +1,13 @@
 """What can go wrong while a plan is compiled and written: it is a sentence, and nothing is left."""
 
 import os
-import resource
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+from support.disk import largest_file
 from support.engine_graphs import Written
 
 from gemma_export.errors import EngineError, StorageError
@@ -17,24 +16,13 @@ from gemma_export.exporter import events
 EngineGraphs = Callable[..., Written]
 
 
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """The system refuses to write more into a file, as it does where a disk or a quota is full."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
 def left(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "engines").iterdir())
 
 
 def test_a_full_disk_leaves_no_part_of_an_engine(engine_graph: EngineGraphs, tmp_path: Path) -> None:
     graph = engine_graph("w8a16")
-    with files_of_at_most(1 << 20), pytest.raises(StorageError, match="takes no more"):
+    with largest_file(1 << 20), pytest.raises(StorageError, match="takes no more"):
         graph.build(tmp_path, 89)
     assert left(tmp_path) == []
     graph.build(tmp_path, 89)

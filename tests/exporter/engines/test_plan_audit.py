@@ -16,7 +16,6 @@ from gemma_export.exporter.engines.profiles import Profile
 from gemma_export.runtime.manifest import Range
 
 EngineGraphs = Callable[..., Written]
-Change = Callable[[ir.Graph], None]
 
 
 def nodes(graph: ir.Graph, op_type: str, part: str = "") -> list[ir.Node]:

@@ -1,94 +1,18 @@
-"""The parity gate against a bundle that is right, and bundles that are wrong in the ways exporters are."""
+"""The parity gate: what it measures of a bundle, and what it lets through."""
 
 import json
-import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
-from torch.nn import functional
+from support.gate import CONFIG, TEXTS, WEIGHTS, FakeSession, check
 
 from gemma_export.errors import ParityError
-from gemma_export.exporter import decoder as decoder_module
-from gemma_export.exporter.checkpoints.checkpoint import RandomCheckpoint
-from gemma_export.exporter.checkpoints.weights import canonical_weights
-from gemma_export.exporter.config import GemmaConfig
-from gemma_export.exporter.decoder import Decoder, rotary_tables
 from gemma_export.exporter.parity.gate import check_parity, sample_budget
 from gemma_export.exporter.parity.plan import CHUNKS, make_plan
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.runtime.parity import BUDGETS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-CONFIG = GemmaConfig(
-    name="random",
-    vocab_size=300,
-    hidden_size=48,
-    num_layers=3,
-    num_query_heads=4,
-    num_kv_heads=2,
-    head_dim=16,
-    intermediate_size=80,
-    context_length=64,
-)
-CHECKPOINT = RandomCheckpoint(CONFIG, seed=5)
-WEIGHTS = canonical_weights(CHECKPOINT, CONFIG)
-TEXTS = [
-    [2, *np.random.default_rng(i).integers(3, 300, size).tolist()]
-    for i, size in enumerate((60, 47, 30, 20, 9, 1))
-]
-
-
-class FakeCache:
-    def __init__(self, slots: int) -> None:
-        self.length = 0
-        shape = (1, CONFIG.num_kv_heads, slots, CONFIG.head_dim)
-        self.tensors = [torch.zeros(shape) for _ in range(2 * CONFIG.num_layers)]
-
-    def positions(self, layer):
-        return range(self.length)
-
-    def keys(self, layer):
-        return self.tensors[2 * layer][:, :, : self.length].numpy()
-
-    def values(self, layer):
-        return self.tensors[2 * layer + 1][:, :, : self.length].numpy()
-
-
-class FakeSession:
-    """The decoder, run as a bundle is. Its methods are what the defects below replace."""
-
-    def __init__(self, max_length=64, *, all_logits=False, config=CONFIG):
-        self.max_length = max_length
-        self.calls: list[int] = []
-        self.decoder = Decoder(config, max_length, all_logits=all_logits).eval()
-        state = {name: tensor.read(0, tensor.shape[0]).float() for name, tensor in WEIGHTS.items()}
-        state["rotary_cos"], state["rotary_sin"] = rotary_tables(config, max_length)
-        self.decoder.load_state_dict(state)
-
-    def new_cache(self):
-        return FakeCache(self.max_length)
-
-    def positions(self, cache, count):
-        return torch.arange(cache.length, cache.length + count)[None]
-
-    def step(self, tokens, cache):
-        assert tokens.dtype == np.int64
-        assert cache.length + tokens.shape[1] <= self.max_length
-        self.calls.append(tokens.shape[1])
-        with torch.inference_mode():
-            logits, cache.tensors = self.decoder(
-                torch.from_numpy(tokens), self.positions(cache, tokens.shape[1]), cache.tensors
-            )
-        cache.length += tokens.shape[1]
-        return logits.numpy()
-
-
-def check(session, level="quick", precision="fp32", **options):
-    reference = Reference(CONFIG, WEIGHTS)
-    return check_parity(session, reference, TEXTS, level=level, precision=precision, bos=2, **options)
 
 
 @pytest.mark.parametrize("level", ["quick", "full"])
@@ -133,146 +57,6 @@ def test_the_layers_are_read_once():
 
     check_parity(FakeSession(), Counting(CONFIG, WEIGHTS), TEXTS, level="quick", precision="fp32", bos=2)
     assert runs == [4 + 3]
-
-
-def missing_embedding_scale(session, monkeypatch):
-    session.decoder.embedding_scale = 1.0
-
-
-def rounded_embedding_scale(session, monkeypatch):
-    session.decoder.embedding_scale = round(session.decoder.embedding_scale, 1)
-
-
-def exact_gelu(session, monkeypatch):
-    for layer in session.decoder.layers:
-        mlp = layer.mlp
-        monkeypatch.setattr(
-            mlp,
-            "forward",
-            lambda x, mlp=mlp: mlp.down_proj(functional.gelu(mlp.gate_proj(x)) * mlp.up_proj(x)),
-        )
-
-
-def wrong_rope_base(session, monkeypatch):
-    cos, sin = rotary_tables(replace(CONFIG, rope_theta=1000.0), session.max_length)
-    session.decoder.rotary_cos, session.decoder.rotary_sin = cos, sin
-
-
-def norm_without_one(session, monkeypatch):
-    session.decoder.layers[1].input_layernorm.weight.data -= 1
-
-
-def beginning_ignored(session, monkeypatch):
-    step = session.step
-    monkeypatch.setattr(session, "step", lambda tokens, cache: step(np.where(tokens == 2, 3, tokens), cache))
-
-
-def valid_length_off_by_one(session, monkeypatch):
-    """Decoding overwrites the newest slot."""
-    monkeypatch.setattr(
-        session,
-        "positions",
-        lambda cache, count: torch.arange(count)[None] + max(0, cache.length - (cache.length > 0)),
-    )
-
-
-def sees_an_empty_slot(session, monkeypatch):
-    original = decoder_module.causal_mask
-    step = session.step
-
-    def with_wrong_mask(tokens, cache):
-        with monkeypatch.context() as patch:
-            patch.setattr(
-                decoder_module, "causal_mask", lambda positions, *size: original(positions + 1, *size)
-            )
-            return step(tokens, cache)
-
-    monkeypatch.setattr(session, "step", with_wrong_mask)
-
-
-def upper_left_causality(session, monkeypatch):
-    """Prefill from an empty cache is right, and every later step sees the first slots only."""
-    original = decoder_module.causal_mask
-    step = session.step
-
-    def with_wrong_mask(tokens, cache):
-        with monkeypatch.context() as patch:
-            rows = torch.arange(tokens.shape[1])[None]
-            patch.setattr(decoder_module, "causal_mask", lambda positions, *size: original(rows, *size))
-            return step(tokens, cache)
-
-    monkeypatch.setattr(session, "step", with_wrong_mask)
-
-
-DEFECTS = {
-    missing_embedding_scale: "KL",
-    rounded_embedding_scale: "relative error",
-    exact_gelu: "relative error",
-    wrong_rope_base: "keys of layer 0",
-    norm_without_one: "keys of layer 1",
-    beginning_ignored: "keys of layer 0",
-    valid_length_off_by_one: "keys of layer 0",
-    sees_an_empty_slot: "keys of layer 1",
-    upper_left_causality: "keys of layer 1",
-}
-
-
-@pytest.mark.parametrize("defect", DEFECTS, ids=lambda defect: defect.__name__)
-def test_a_planted_defect_fails(defect, monkeypatch):
-    session = FakeSession()
-    defect(session, monkeypatch)
-    report = check(session)
-    assert report.verdict == "fail"
-    assert DEFECTS[defect] in " ".join(report.reasons)
-    if defect not in (rounded_embedding_scale, exact_gelu):  # These two are small, and only fp32 sees them.
-        assert check(session, precision="bf16").verdict == "fail"
-
-
-def test_wrong_keys_are_seen_even_where_the_logits_are_right(monkeypatch):
-    class Off(FakeCache):
-        def keys(self, layer):
-            return super().keys(layer) * (1.01 if layer == 1 else 1)
-
-    session = FakeSession()
-    monkeypatch.setattr(session, "new_cache", lambda: Off(session.max_length))
-    report = check(session)
-    assert report.reasons == ("the cached keys of layer 1 are off by 0.01 of the largest, above 0.0002",)
-    assert check(session, precision="bf16").verdict == "pass"
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["NaN", "infinity"])
-def test_a_logit_that_is_no_number_fails(value, monkeypatch):
-    session = FakeSession()
-    step = session.step
-
-    def broken(tokens, cache):
-        logits = step(tokens, cache).copy()
-        if cache.length == 20:
-            logits[0, -1, 17] = value
-        return logits
-
-    monkeypatch.setattr(session, "step", broken)
-    report = check(session, precision="bf16")
-    assert report.verdict == "fail"
-    assert "the bundle gives NaN or infinite logits" in report.reasons[0]
-    json.dumps(report.to_json(), allow_nan=False)
-    json.dumps(report.summary(), allow_nan=False)
-
-
-def test_a_cached_nan_fails(monkeypatch):
-    class Broken(FakeCache):
-        def values(self, layer):
-            values = super().values(layer).copy()
-            values[0, 0, 0, 0] = math.nan
-            return values
-
-    session = FakeSession()
-    monkeypatch.setattr(session, "new_cache", lambda: Broken(session.max_length))
-    report = check(session, precision="bf16")
-    assert report.reasons == (
-        "the cached values of layer 0 (and those of 2 later layers) are off by nan of the largest, above 0.1",
-    )
-    assert report.summary()["max_value_error"] is None
 
 
 def swap_first_two(session, monkeypatch, wrong):
