@@ -49,8 +49,11 @@ def test_manifest_describes_the_graph(tiny_bundle: Path) -> None:
         TensorSpec("logits", "float32", ("batch", 1, 2048)),
         TensorSpec("present.0.key", "float32", cache),
     )
-    assert len(inputs) == 2 + 2 * manifest.model.num_layers
-    assert len(outputs) == 1 + 2 * manifest.model.num_layers
+    assert inputs[-1] == TensorSpec("tail_start", "int64", (1,))
+    assert outputs[-1] == TensorSpec("tail_logits", "float32", ("batch", "tail", 2048))
+    assert len(inputs) == 2 + 2 * manifest.model.num_layers + 1
+    assert len(outputs) == 1 + 2 * manifest.model.num_layers + 1
+    assert manifest.graph.passes["add_tail_logits"] == 1
 
 
 def test_manifest_counts_bytes(tiny_bundle: Path) -> None:
