@@ -17,7 +17,8 @@ the widest part of a step of T tokens in B rows, with S slots, in bytes of 2 whe
 
 Engines of TensorRT for RTX 1.7 say that they need, in MiB: 61.5 for 512 tokens at 2B's width with 2048 slots,
 where 64.2 is estimated; 10.2 for 256 tokens of the model that ships (10.0); for a token of either 7.9 and 7.8
-(8.3 and 8.0).
+(8.3 and 8.0). With attention in parts, 224.8 for 512 tokens at Gemma 2 2B's width with 8192 slots (258.8),
+224.4 for 256 tokens at 27B's with 4096 (252.8); for a token of either 15.9 and 16.2.
 
 What an engine was really built with stands in its manifest, by profile, and `inspect` shows it.
 """
