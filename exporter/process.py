@@ -64,11 +64,11 @@ def run(command: Callable[[], None]) -> None:
         _drop_output()
         _fail(StorageError(f"The system refused: {error}.", "Check the disk and the permissions."))
     except Exception as error:
-        end = _interruption(error)
-        if end is None:
+        code = _interruption(error)
+        if code is None:
             _defect(error)
         _tell_interrupted()
-        sys.exit(end)
+        sys.exit(code)
 
 
 def _prepare_process() -> None:
