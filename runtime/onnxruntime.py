@@ -7,7 +7,7 @@ from gemma_export.errors import BundleError, UsageError
 from gemma_export.runtime.bundle import Bundle
 from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.manifest import Manifest
-from gemma_export.runtime.native import library
+from gemma_export.runtime.native import ATTENTION, library
 from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, first_line, ort
 
 # Where a graph that is not a file finds its weights.
@@ -63,6 +63,8 @@ class OnnxRuntimeBackend(LoadedGraph):
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
         kernels = library() if graph is None and bundle.manifest.target == "cpu" else None
         if kernels is not None:
+            if bundle.manifest.cache_dtype == "float32":
+                options.add_session_config_entry(ATTENTION, "1")
             options.register_custom_ops_library(str(kernels))
         try:
             session = ort.InferenceSession(

@@ -1,16 +1,20 @@
-"""Kernels of our own for onnxruntime on a CPU: products with quantized weights, read where they lie.
+"""Kernels of our own for onnxruntime on a CPU: products with quantized weights, and attention.
 
 They are compiled where there is a C compiler when the package is installed, and take the place of
-onnxruntime's MatMulNBits in a session that `library` is registered with. Without them the same graph runs on
-onnxruntime's own, which copy every weight when they load it.
+onnxruntime's MatMulNBits and GroupQueryAttention in a session that their library is registered with.
+Without them the same graph runs on onnxruntime's own, whose products copy every weight when they load it.
 
-The environment's GEMMA_EXPORT_KERNELS names what runs: `avx512-vnni`, `avx2`, `portable`, or `built-in` for
-onnxruntime's own; unset, it is the fastest that the processor has.
+The environment's GEMMA_EXPORT_KERNELS names what runs: `avx512-vnni`, `avx2` (products only), `portable`, or
+`built-in` for onnxruntime's own; unset, it is the fastest that the processor has.
 """
 
 import ctypes
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+
+ATTENTION = "gemma_export.attention"
+"""An entry of a session's configuration, before the library is registered with it: attention, too, is ours.
+Its kernels know a cache of fp32 numbers only."""
 
 
 def library() -> Path | None:

@@ -16,7 +16,10 @@
 #define ORT_OUT_OF_MEMORY 1 /* ORT_FAIL: the interface has no code of its own for it. */
 #define ORT_TENSOR_FLOAT 1  /* As in TensorProto.DataType. */
 #define ORT_TENSOR_UINT8 2
+#define ORT_TENSOR_INT32 6
 #define ORT_MEMORY_DEFAULT 0
+#define ORT_REQUIRED 0 /* Of an input or output. */
+#define ORT_OPTIONAL 1
 
 typedef struct OrtStatus OrtStatus; /* NULL is success. */
 typedef struct OrtValue OrtValue;
@@ -40,7 +43,8 @@ typedef struct OrtApi {
     OrtStatus *(*GetDimensions)(const OrtShapeInfo *info, int64_t *values, size_t count);   /* 62 */
     void *unused_63[2];
     OrtStatus *(*GetTensorTypeAndShape)(const OrtValue *value, OrtShapeInfo **out); /* 65 */
-    void *unused_66[20];
+    void *unused_66[19];
+    OrtStatus *(*KernelInfoGetAttribute_float)(const OrtKernelInfo *info, const char *name, float *out);   /* 85 */
     OrtStatus *(*KernelInfoGetAttribute_int64)(const OrtKernelInfo *info, const char *name, int64_t *out); /* 86 */
     void *unused_87[3];
     OrtStatus *(*KernelContext_GetInput)(const OrtKernelContext *context, size_t index,
@@ -53,7 +57,9 @@ typedef struct OrtApi {
     void (*ReleaseTensorTypeAndShapeInfo)(OrtShapeInfo *info); /* 99 */
     void *unused_100[1];
     void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *domain); /* 101 */
-    void *unused_102[172];
+    void *unused_102[135];
+    OrtStatus *(*HasSessionConfigEntry)(const OrtSessionOptions *options, const char *key, int *out); /* 237 */
+    void *unused_238[36];
     OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *context, void (*function)(void *data, size_t index),
                                             size_t total, size_t batches, void *data); /* 274 */
 } OrtApi;
@@ -67,6 +73,7 @@ _Static_assert(offsetof(OrtApi, KernelContext_GetOutput) == 91 * sizeof(void *),
 _Static_assert(offsetof(OrtApi, ReleaseStatus) == 93 * sizeof(void *), "a place in the table is wrong");
 _Static_assert(offsetof(OrtApi, ReleaseTensorTypeAndShapeInfo) == 99 * sizeof(void *), "a place in the table is wrong");
 _Static_assert(offsetof(OrtApi, ReleaseCustomOpDomain) == 101 * sizeof(void *), "a place in the table is wrong");
+_Static_assert(offsetof(OrtApi, HasSessionConfigEntry) == 237 * sizeof(void *), "a place in the table is wrong");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "a place in the table is wrong");
 
 typedef struct OrtApiBase {

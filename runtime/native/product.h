@@ -15,6 +15,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "pool.h"
+
 #define LARGEST_BLOCK 256
 #define CHUNK 64 /* Bytes of codes that are read at once. */
 
@@ -83,12 +85,6 @@ extern const Kernels avx512_vnni_kernels;
 /* The kernels that GEMMA_EXPORT_KERNELS names, or else the fastest that the processor has; NULL where onnxruntime's own
  * are to run: that is "built-in" there, or no kernel here is made for the processor. */
 const Kernels *chosen_kernels(void);
-
-/* How work is spread over threads: `function` is to be called once for each index below `total`. */
-typedef struct {
-    void *context;
-    void (*parallel_for)(void *context, void (*function)(void *data, size_t index), size_t total, void *data);
-} Pool;
 
 /* y [T, N] = x [T, K] · Wᵀ. Returns 0, or -1 if memory ran out. */
 int multiply(const Kernels *kernels, const Weight *w, const float *x, size_t tokens, float *y, const Pool *pool);

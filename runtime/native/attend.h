@@ -1,0 +1,140 @@
+/* A block of queries over a segment of slots, with vectors as GCC and Clang have them: included once for each set of
+ * instructions, which defines TARGET, what is named SUFFIX(attend), and what of it has to be said in their own words. */
+#define KERNEL static inline __attribute__((always_inline)) TARGET
+
+/* Lanes 0 to 7: sums of neighbours in a; 8 to 15: in b. Four turns over 16 vectors leave the sum of each in a lane. */
+KERNEL Vector SUFFIX(fold)(Vector a, Vector b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+/* eˣ of numbers up to 0 to some 2e-7 of it; 0 where x is below -87. Polynomial: Cephes, expf. */
+KERNEL Vector SUFFIX(exponential)(Vector x) {
+    const Integers tiny = x < -87.0f;
+    const Vector shifted = x * 1.44269504f + 12582912.0f; /* Its lowest digits: x / ln 2, rounded. */
+    const Vector rounded = shifted - 12582912.0f;
+    const Vector r = x - rounded * 0.693359375f + rounded * 2.12194440e-4f;
+    Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    const Integers power = ((Integers)shifted - 0x4b400000) << 23;
+    return (Vector)(((Integers)p + power) & ~tiny);
+}
+
+/* scores [slots, QUERIES] of two slots at a time. */
+KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float *keys, const float *values, size_t first,
+                          size_t last, float *scores) {
+    for (size_t s = first; s < last; s += 2, scores += 2 * QUERIES) {
+        const float *key = keys + s * a->head, *next = s + 1 < last ? key + a->head : key;
+        for (size_t d = 0; d < a->head; d += ATTENTION_LANES) /* Values are read next. */
+            __builtin_prefetch(values + s * a->head + d), __builtin_prefetch(values + s * a->head + a->head + d);
+        Vector sums[2 * QUERIES];
+        UNROLLED
+        for (int i = 0; i < 2 * QUERIES; i++) sums[i] = (Vector){0};
+        size_t d = 0;
+        do {
+            const Vector one = LOAD(key + d), two = LOAD(next + d);
+            UNROLLED
+            for (int q = 0; q < QUERIES; q++) {
+                const Vector query = LOAD(queries + q * a->head + d);
+                sums[q] = MULTIPLY_ADD(query, one, sums[q]);
+                sums[QUERIES + q] = MULTIPLY_ADD(query, two, sums[QUERIES + q]);
+                KEPT_IN_REGISTER(sums[q]);
+                KEPT_IN_REGISTER(sums[QUERIES + q]);
+            }
+            d += ATTENTION_LANES;
+        } while (d < a->head);
+        UNROLLED
+        for (int width = 2 * QUERIES / 2; width > 0; width /= 2)
+            UNROLLED
+            for (int i = 0; i < width; i++) sums[i] = SUFFIX(fold)(sums[2 * i], sums[2 * i + 1]);
+        STORE(scores, sums[0]);
+    }
+}
+
+/* values [QUERIES, columns from d on] += weights [slots, QUERIES] · values of slots [start, end). */
+KERNEL void SUFFIX(mix_columns)(const int vectors, const Attention *a, const float *weights, const float *values,
+                                size_t start, size_t end, size_t d, Partial *out) {
+    Vector sums[2][QUERIES];
+    UNROLLED
+    for (int v = 0; v < vectors; v++)
+        UNROLLED
+        for (int q = 0; q < QUERIES; q++) sums[v][q] = LOAD(&out->values[q][d + v * ATTENTION_LANES]);
+    size_t s = start;
+    do {
+        Vector value[2];
+        UNROLLED
+        for (int v = 0; v < vectors; v++) value[v] = LOAD(values + s * a->head + d + v * ATTENTION_LANES);
+        UNROLLED
+        for (int q = 0; q < QUERIES; q++) {
+            const Vector weight = BROADCAST(weights[s * QUERIES + q]);
+            UNROLLED
+            for (int v = 0; v < vectors; v++) {
+                sums[v][q] = MULTIPLY_ADD(value[v], weight, sums[v][q]);
+                KEPT_IN_REGISTER(sums[v][q]);
+            }
+        }
+    } while (++s < end);
+    UNROLLED
+    for (int v = 0; v < vectors; v++)
+        UNROLLED
+        for (int q = 0; q < QUERIES; q++) STORE(&out->values[q][d + v * ATTENTION_LANES], sums[v][q]);
+}
+
+/* The same of all columns, as many slots at a time as a core's cache holds. */
+KERNEL void SUFFIX(mix)(const Attention *a, const float *weights, const float *values, size_t slots, Partial *out) {
+    for (size_t start = 0; start < slots; start += 32) {
+        const size_t end = start + 32 < slots ? start + 32 : slots;
+        size_t d = 0;
+        for (; d + 2 * ATTENTION_LANES <= a->head; d += 2 * ATTENTION_LANES)
+            SUFFIX(mix_columns)(2, a, weights, values, start, end, d, out);
+        if (d < a->head) SUFFIX(mix_columns)(1, a, weights, values, start, end, d, out);
+    }
+}
+
+TARGET static void SUFFIX(attend)(const Attention *a, const float *queries, const float *keys, const float *values,
+                                  size_t first, size_t last, const size_t *from, const size_t *to, Partial *out) {
+    _Alignas(64) float scores[(SEGMENT + 1) * QUERIES];
+    const size_t slots = last - first;
+    SUFFIX(score)(a, queries, keys, values, first, last, scores);
+    for (size_t s = 0; s < slots && a->softcap > 0; s++)
+        for (int q = 0; q < QUERIES; q++)
+            scores[s * QUERIES + q] = a->softcap * tanhf(scores[s * QUERIES + q] / a->softcap);
+    for (int q = 0; q < QUERIES; q++) {
+        const size_t seen_from = from[q] > first ? from[q] - first : 0, seen_to = to[q] > first ? to[q] - first : 0;
+        for (size_t s = 0; s < seen_from && s < slots; s++) scores[s * QUERIES + q] = -INFINITY;
+        for (size_t s = seen_to; s < slots; s++) scores[s * QUERIES + q] = -INFINITY;
+    }
+    /* A vector is two slots of the queries; what would be a slot too many weighs nothing. */
+    for (int q = 0; q < QUERIES; q++) scores[slots * QUERIES + q] = -INFINITY;
+    Vector largest = LOAD(scores), total = {0};
+    for (size_t s = 2; s < slots; s += 2) {
+        const Vector two = LOAD(scores + s * QUERIES);
+        const Integers greater = two > largest;
+        largest = (Vector)(((Integers)two & greater) | ((Integers)largest & ~greater));
+    }
+    Vector shift;
+    for (int q = 0; q < QUERIES; q++) {
+        const float found = largest[q] > largest[q + QUERIES] ? largest[q] : largest[q + QUERIES];
+        out->largest[q] = found;
+        shift[q] = shift[q + QUERIES] = found > -INFINITY ? found : 0.0f;
+    }
+    for (size_t s = 0; s < slots; s += 2) {
+        const Vector weights = SUFFIX(exponential)(LOAD(scores + s * QUERIES) - shift);
+        STORE(scores + s * QUERIES, weights);
+        total += weights;
+    }
+    for (int q = 0; q < QUERIES; q++) out->total[q] = total[q] + total[q + QUERIES];
+    memset(out->values, 0, sizeof out->values);
+    SUFFIX(mix)(a, scores, values + first * a->head, slots, out);
+}
+
+#undef KERNEL
+#undef TARGET
+#undef SUFFIX
+#undef MULTIPLY_ADD
+#undef BROADCAST
+#undef KEPT_IN_REGISTER
