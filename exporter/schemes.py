@@ -79,7 +79,7 @@ SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
             "float32",
             Products("w8a8-token", 8, (None,), 256, otherwise="w8", otherwise_block=256),
         ),
-        Scheme("w8a16", "int8", "float32", "float32", Products("w8", 8, (128, 32, 64, 256), 256)),
+        Scheme("w8a16", "int8", "float32", "float32", Products("w8", 8, (256, 128, 64, 32), 256)),
     ),
     ("cpu", "int4"): (Scheme("w4a16", "int4", "float32", "float32", Products("w4", 4, (128, 32, 64), 256)),),
     ("onnx", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),

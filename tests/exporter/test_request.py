@@ -91,8 +91,12 @@ def test_request_is_frozen() -> None:
         (INT8 | {"scheme_name": "w8a8"}, "no scheme 'w8a8' of int8 for the target cpu", "--target onnx"),
         (INT8 | {"scheme_name": "fastest"}, "no scheme 'fastest'", "w8a8-dynamic or w8a16"),
         ({"size": "tiny", "scheme_name": "w8a16"}, "no scheme 'w8a16' of fp32", "--precision int8"),
-        (INT8 | {"block": 64}, "w8a8-dynamic has no blocks", "Leave --block out"),
-        (INT8 | {"scheme_name": "w8a16", "block": 48}, "Blocks of 48 columns", "128, 32, 64, 256"),
+        (
+            INT8 | {"scheme_name": "w8a8-dynamic", "block": 64},
+            "w8a8-dynamic has no blocks",
+            "Leave --block out",
+        ),
+        (INT8 | {"scheme_name": "w8a16", "block": 48}, "Blocks of 48 columns", "256, 128, 64, 32"),
         ({"size": "tiny", "block": 32}, "fp32 has no blocks", "Leave --block out"),
         # The cache
         (INT8 | {"kv_cache": "int4"}, "--kv-cache int4", "float or int8"),
