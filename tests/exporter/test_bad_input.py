@@ -12,7 +12,7 @@ USAGE: dict[str, tuple[list[object], str, str]] = {
     "size": (["--size", "3b"], "no size '3b'", "tiny, tiny2, 2b, 7b"),
     "precision": (["--size", "tiny", "--precision", "int2"], "'int2' cannot be built", "fp32, fp16, bf16"),
     "target": (["--size", "tiny", "--target", "tpu"], "no target 'tpu'", "cpu, onnx, rtx, tensorrt, cuda"),
-    "nothing": ([], "Neither a size nor a checkpoint", "--size tiny|2b|7b"),
+    "nothing": ([], "Neither a size nor a checkpoint", "--size tiny|tiny2|2b|7b"),
     "two sources": (["--checkpoint", "x", "--random-weights"], "contradict each other", "--random-weights"),
     "random without size": (["--random-weights"], "needs a size", "tiny, tiny2, 2b, 7b"),
     "seed of a checkpoint": (["--size", "tiny", "--seed", "1"], "--seed", "--random-weights"),
