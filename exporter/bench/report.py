@@ -11,6 +11,7 @@ from typing import Any, Literal
 from gemma_export.exporter.bench.limits import bytes_per_token, decode_seconds, prefill_seconds
 from gemma_export.exporter.bench.rounds import OURS, Round
 from gemma_export.exporter.bench.values import Plan, StepParts, Timing, Turn
+from gemma_export.runtime import native
 from gemma_export.runtime.manifest import Manifest
 from gemma_export.version import __version__
 
@@ -87,11 +88,19 @@ class Figure:
 
 @dataclass(frozen=True)
 class Host:
-    """Where it was measured."""
+    """Where it was measured.
+
+    Attributes:
+        processor: As the system calls it.
+        system: And its release.
+        packages: Versions of what ran, by name.
+        kernels: Which of this project's own a CPU's bundle runs on; None where onnxruntime's run.
+    """
 
     processor: str
     system: str
     packages: Mapping[str, str]
+    kernels: str | None = None
 
 
 @dataclass(frozen=True)
@@ -232,7 +241,7 @@ def this_host() -> Host:
             packages[name] = version(name)
         except PackageNotFoundError:
             continue
-    return Host(_processor(), f"{platform.system()} {platform.release()}", packages)
+    return Host(_processor(), f"{platform.system()} {platform.release()}", packages, native.kernels())
 
 
 def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

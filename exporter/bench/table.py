@@ -48,7 +48,8 @@ def _table(*names: str) -> Table:
 def notes(report: Report) -> Iterator[str]:
     """Sentences under the table."""
     plan, rounds = report.plan, report.rounds
-    yield f"{report.host.processor}, {plan.threads} threads, {len(rounds)} rounds"
+    kernels = report.host.kernels or "onnxruntime's own"
+    yield f"{report.host.processor}, {plan.threads} threads, {len(rounds)} rounds, kernels: {kernels}"
     if (read := report.machine("read")) is not None:
         rates = [f"reads {_range(read, 1e9)} GB/s by {' and '.join(sorted(_ways(report)))}"]
         for name, what in (("integers", "int8"), ("floats", "fp32")):

@@ -55,7 +55,7 @@ def turn(speed: float, load: float | None = 1.0, peak: int = 3_000_000) -> Turn:
 
 
 def report(*rounds: Round) -> Report:
-    host = Host("A processor", "Linux", {"onnxruntime": "1.31.1"})
+    host = Host("A processor", "Linux", {"onnxruntime": "1.31.1"}, "avx2")
     return Report(
         Path("bundle"),
         read_manifest(),
@@ -162,7 +162,7 @@ def test_table() -> None:
     assert "peak memory, MB 3.00 (3.00, 3.00) 1.50 times the bundle" in lines
     assert f"beside {PEER} median (from, to) ratio (from, to)" in lines
     assert "decode at depth 20, tok/s 100 (100, 100) 1.75 (1.50, 2.00)" in lines
-    assert "A processor, 2 threads, 2 rounds" in lines
+    assert "A processor, 2 threads, 2 rounds, kernels: avx2" in lines
     assert "others kept 1.2 cores busy at most; the load average was 2.5 at most" in lines
     assert "read per token: 1.00 MB at depth 0, 1.00 MB at depth 20" in lines
     assert "choosing a token and making it text: 10.0% of decoding" in lines
