@@ -1,4 +1,4 @@
-# What a person types. Each target first makes the environment it needs: .venv, once per pyproject.toml.
+# What a person types. Each target first makes the environment it needs: .venv, once per pyproject.toml and kernels.
 #
 #   make demo PYTHON=/usr/bin/python3.12     makes .venv with that Python
 #   make demo VENV=/elsewhere/venv           keeps the environment elsewhere
@@ -6,6 +6,7 @@
 VENV ?= .venv
 BUNDLE ?= bundles/tiny
 PYTEST ?=
+WORKERS ?= 2
 
 bin := $(VENV)/bin
 python := $(bin)/python
@@ -25,8 +26,8 @@ environment: ## Make or update .venv with everything (the others do it by themse
 demo: environment ## Build the model that ships, check it, and let it write
 	@sh .ci/demo "$(bin)" "$(BUNDLE)"
 
-test: environment ## Run the tests, the fast ones first; PYTEST="-k name" passes options on
-	$(python) -m pytest -m "not gpu" $(PYTEST)
+test: environment ## Run the tests in WORKERS=2 processes; PYTEST="-k name" passes options on
+	$(python) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile $(PYTEST)
 
 lint: environment wheel ## Check style, the imports between rooms, and the types of the built wheel
 	$(python) -m ruff check
