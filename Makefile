@@ -27,7 +27,8 @@ demo: environment ## Build the model that ships, check it, and let it write
 	@sh .ci/demo "$(bin)" "$(BUNDLE)"
 
 test: environment ## Run the tests in WORKERS=2 processes; PYTEST="-k name" passes options on
-	$(python) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile $(PYTEST)
+	@# One thread each: the threads of two processes would spin against each other.
+	OMP_NUM_THREADS=1 $(python) -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile $(PYTEST)
 
 lint: environment wheel ## Check style, the imports between rooms, and the types of the built wheel
 	$(python) -m ruff check
