@@ -2,6 +2,7 @@
 
 import platform
 from pathlib import Path
+from typing import Any
 
 from gemma_export.errors import BundleError, UsageError
 from gemma_export.runtime.bundle import Bundle
@@ -44,34 +45,31 @@ class OnnxRuntimeBackend(LoadedGraph):
     ) -> None:
         if threads is not None and threads < 1:
             raise UsageError(f"threads is {threads}.", "Give at least 1, or leave it out.")
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or 0
-        options.inter_op_num_threads = 1
-        options.log_severity_level = FATAL
-        if profile is not None:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(profile)
-        if graph is not None:
-            # As it is written: weights are mapped, and converted where the graph does so, not at load nor as
-            # early as can be; the memory is given back at once.
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
-            options.enable_cpu_mem_arena = False
         path = bundle.file(bundle.manifest.graph.file)
-        if not has_integer_dot_product():
-            options.add_session_config_entry(_NO_SATURATION, "1")
-        options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
+
+        def open_session(kernels: Path | None) -> Any:
+            options = _options(bundle, threads, profile)
+            if graph is not None:
+                # As it is written: weights are mapped, and converted where the graph does so, not at load nor
+                # as early as can be; the memory is given back at once.
+                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+                options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+                options.enable_cpu_mem_arena = False
+            if kernels is not None:
+                if bundle.manifest.cache_dtype == "float32":
+                    options.add_session_config_entry(ATTENTION, "1")
+                options.register_custom_ops_library(str(kernels))
+            return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
+
         kernels = library() if graph is None and bundle.manifest.target == "cpu" else None
-        if kernels is not None:
-            if bundle.manifest.cache_dtype == "float32":
-                options.add_session_config_entry(ATTENTION, "1")
-            options.register_custom_ops_library(str(kernels))
         try:
-            session = ort.InferenceSession(
-                graph or str(path),
-                options,
-                providers=["CPUExecutionProvider"],
-            )
+            try:
+                session = open_session(kernels)
+            except Exception:
+                if kernels is None:
+                    raise
+                # What our kernels do not know, such as a graph that was changed, onnxruntime's may.
+                session = open_session(None)
         except Exception as error:
             # onnxruntime's exceptions share no base of their own.
             raise BundleError(
@@ -93,6 +91,21 @@ class OnnxRuntimeBackend(LoadedGraph):
             scales=self.manifest.cache_scales,
             rolling=self.manifest.graph.rolling,
         )
+
+
+def _options(bundle: Bundle, threads: int | None, profile: Path | None) -> Any:
+    """What every session over a bundle's weights has."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    options.log_severity_level = FATAL
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if not has_integer_dot_product():
+        options.add_session_config_entry(_NO_SATURATION, "1")
+    options.add_session_config_entry(_WEIGHTS_FOLDER, str(bundle.path))
+    return options
 
 
 def has_integer_dot_product(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
