@@ -27,6 +27,7 @@ from gemma_export.exporter.engines.preflight import check_compiler
 from gemma_export.exporter.engines.profiles import profiles_for, trtexec_command
 from gemma_export.exporter.engines.request import EngineRequest, Flavour, engine_files
 from gemma_export.exporter.schemes import scheme_for
+from gemma_export.graphs.formats import TABLE
 from gemma_export.runtime.bundle import Bundle, open_bundle
 from gemma_export.runtime.manifest import EngineInfo, Manifest
 from gemma_export.runtime.rolling import RollingCache
@@ -113,6 +114,7 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
         slots=manifest.graph.max_length,
         rows=request.max_batch,
         chunk=request.prefill_chunk,
+        block=_block(manifest),
         all_logits=manifest.graph.logits == "all",
         decomposed=manifest.graph.passes.get("decompose_attention", 0) > 0,
         rolling=rolling,
@@ -124,6 +126,14 @@ def _plan(bundle: Bundle, flavour: Flavour, options: EngineOptions) -> EngineReq
     profiles = profiles_for(request, graph.max_length)
     check_compiler(request, trtexec_command(file, graph.inputs, profiles, file.with_name("model.engine")))
     return request
+
+
+def _block(manifest: Manifest) -> int | None:
+    """Columns of a layer's weight that share a scale; None for rows, and for what is not quantized."""
+    if manifest.quantization is None:
+        return None
+    blocks = (tensor.block for name, tensor in manifest.quantization.tensors.items() if name != TABLE)
+    return next((block for block in blocks if block is not None), None)
 
 
 def _check_chunk(options: EngineOptions, rolling: RollingCache | None) -> None:

@@ -1,12 +1,10 @@
 """Devices that a bundle may be meant for: how much memory they have, and how much of it a model gets.
 
-Compute capabilities: https://developer.nvidia.com/cuda-gpus. Memory and bandwidth are the makers' figures:
+Compute capabilities: https://developer.nvidia.com/cuda-gpus. Memory is the makers' figure:
 
-- Jetson AGX Orin: NVIDIA data sheet DS-10662-001 v1.8, "Memory Subsystem" (204.8 GB/s).
-- Jetson Orin NX: NVIDIA data sheet DS-10712-001 v1.0, "Memory" (102 GB/s for both).
-- Jetson Orin Nano: the module's data sheet (68 and 34 GB/s), and, since JetPack 6.1 raised the memory's clock
-  from 2133 to 3199 MHz, https://developer.nvidia.com/blog/nvidia-jetson-orin-nano-developer-kit-gets-a-super-boost/
-  (102 GB/s; 51 GB/s for half the bus).
+- Jetson AGX Orin: NVIDIA data sheet DS-10662-001 v1.8, "Memory Subsystem".
+- Jetson Orin NX: NVIDIA data sheet DS-10712-001 v1.0, "Memory".
+- Jetson Orin Nano: the module's data sheet.
 - GeForce: https://en.wikipedia.org/wiki/GeForce_30_series and the same page of the 20, 40 and 50 series.
 - T4, A10, L4, A100: NVIDIA's product pages, https://www.nvidia.com/en-us/data-center/ and their data sheets.
 """
@@ -34,14 +32,12 @@ class Device:
         name: As `--device` takes it.
         memory: Bytes.
         sm: Compute capability, as in 87 for 8.7.
-        bandwidth: Of the memory, in bytes a second: what bounds decoding.
         shared: Whether CPU and GPU share the memory.
     """
 
     name: str
     memory: int
     sm: int
-    bandwidth: float
     shared: bool = False
 
     @property
@@ -55,33 +51,33 @@ class Device:
         return self.memory - self.reserved
 
 
-def _jetson(name: str, gib: int, gb_per_second: float) -> Device:
-    return Device(name, gib * GIB, 87, gb_per_second * 1e9, shared=True)
+def _jetson(name: str, gib: int) -> Device:
+    return Device(name, gib * GIB, 87, shared=True)
 
 
-def _card(name: str, gib: int, sm: int, gb_per_second: float) -> Device:
-    return Device(name, gib * GIB, sm, gb_per_second * 1e9)
+def _card(name: str, gib: int, sm: int) -> Device:
+    return Device(name, gib * GIB, sm)
 
 
 _ALL = (
-    _jetson("orin-nano-4gb", 4, 51),
-    _jetson("orin-nano-8gb", 8, 102),
-    _jetson("orin-nx-8gb", 8, 102),
-    _jetson("orin-nx-16gb", 16, 102),
-    _jetson("agx-orin-32gb", 32, 204.8),
-    _jetson("agx-orin-64gb", 64, 204.8),
-    _card("rtx-2060", 6, 75, 336),
-    _card("rtx-3060", 12, 86, 360),
-    _card("rtx-3090", 24, 86, 936.2),
-    _card("rtx-4060", 8, 89, 272),
-    _card("rtx-4070", 12, 89, 504),
-    _card("rtx-4090", 24, 89, 1008),
-    _card("rtx-5070", 12, 120, 672),
-    _card("rtx-5090", 32, 120, 1792),
-    _card("t4", 16, 75, 320),
-    _card("a10", 24, 86, 600),
-    _card("l4", 24, 89, 300),
-    _card("a100-40gb", 40, 80, 1555),
+    _jetson("orin-nano-4gb", 4),
+    _jetson("orin-nano-8gb", 8),
+    _jetson("orin-nx-8gb", 8),
+    _jetson("orin-nx-16gb", 16),
+    _jetson("agx-orin-32gb", 32),
+    _jetson("agx-orin-64gb", 64),
+    _card("rtx-2060", 6, 75),
+    _card("rtx-3060", 12, 86),
+    _card("rtx-3090", 24, 86),
+    _card("rtx-4060", 8, 89),
+    _card("rtx-4070", 12, 89),
+    _card("rtx-4090", 24, 89),
+    _card("rtx-5070", 12, 120),
+    _card("rtx-5090", 32, 120),
+    _card("t4", 16, 75),
+    _card("a10", 24, 86),
+    _card("l4", 24, 89),
+    _card("a100-40gb", 40, 80),
 )
 DEVICES = {device.name: device for device in _ALL}
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import decoder_feeds, run
+from support.graphs import decoder_feeds, producer, run
 
 from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
@@ -42,14 +42,6 @@ def constant(graph: ir.Graph, values: object, dtype: ir.DataType = ir.DataType.F
     value = ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(dtype), const_value=tensor)
     graph.register_initializer(value)
     return value
-
-
-def producer(value: ir.Value | None) -> ir.Node:
-    """The node that makes a value."""
-    assert value is not None
-    node = value.producer()
-    assert node is not None
-    return node
 
 
 def linear(graph: ir.Graph, name: str) -> ir.Node:

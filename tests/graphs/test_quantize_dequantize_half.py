@@ -17,11 +17,10 @@ from support.dequantized import (
     each_form,
     for_all,
     nodes,
-    producer,
     product_of,
     quantized,
 )
-from support.graphs import Array, MakeGraph, decoder_feeds, run
+from support.graphs import Array, MakeGraph, decoder_feeds, producer, run
 from support.quantized_tiny import relative_error
 
 from gemma_export.graphs import schedule

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 import pytest
 import torch
-from support.graphs import MakeGraph
+from support.graphs import MakeGraph, producer
 
 from gemma_export.errors import GraphError
 from gemma_export.graphs import schedule, spec, spec_tensorrt
@@ -68,13 +68,6 @@ def test_every_value_of_a_layer_keeps_its_name(raw_graph: MakeGraph) -> None:
 
 def first(graph: ir.Graph, op_type: str) -> ir.Node:
     return next(node for node in graph if node.op_type == op_type)
-
-
-def producer(value: ir.Value | None) -> ir.Node:
-    assert value is not None
-    node = value.producer()
-    assert node is not None
-    return node
 
 
 def put_between(graph: ir.Graph, node: ir.Node, index: int, between: ir.Node) -> None:

@@ -1,7 +1,7 @@
 """The second generation's bundles against `transformers`, beyond the window and around its end."""
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from support.oracle import (
     oracle_logits,
     random_tokens,
     relative_error,
+    run_in_steps,
 )
 
 from gemma_export.exporter.events import ignore
@@ -45,16 +46,6 @@ def session(request: pytest.FixtureRequest, build_once: BuildOnce, checkpoint_of
     return load(built.path, threads=1)
 
 
-def run(session: Session, tokens: list[int], sizes: Iterable[int]) -> np.ndarray:
-    """Logits [T, V] of tokens that are run in steps."""
-    cache, found, start = session.new_cache(), [], 0
-    for size in sizes:
-        found.append(session.step([tokens[start : start + size]], cache)[0])
-        start += size
-    assert start == len(tokens)
-    return np.concatenate(found)
-
-
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -68,7 +59,9 @@ def run(session: Session, tokens: list[int], sizes: Iterable[int]) -> np.ndarray
 )
 def test_every_position_far_beyond_the_window(sizes: tuple[int, ...], session: Session, oracle: Any) -> None:
     tokens = random_tokens(DEPTH)
-    assert relative_error(oracle_logits(oracle, tokens), run(session, tokens, sizes)) < RELATIVE_ERROR
+    assert (
+        relative_error(oracle_logits(oracle, tokens), run_in_steps(session, tokens, sizes)) < RELATIVE_ERROR
+    )
 
 
 @pytest.mark.parametrize("length", [WINDOW - 1, WINDOW, WINDOW + 1, DEPTH - 24])

@@ -1,7 +1,7 @@
 """Bundles whose local caches roll, against `transformers` and against bundles that keep every position."""
 
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from support.oracle import (
     oracle_logits,
     random_tokens,
     relative_error,
+    run_in_steps,
 )
 
 from gemma_export.errors import OverwrittenError, UsageError
@@ -64,16 +65,6 @@ def full(make: BuildOnce) -> Session:
     return load(make().path, threads=1)
 
 
-def run(session: Session, tokens: Sequence[int], sizes: Iterable[int]) -> Logits:
-    """Logits [T, V] of tokens that are run in steps."""
-    cache, found, start = session.new_cache(), [], 0
-    for size in sizes:
-        found.append(session.step([tokens[start : start + size]], cache)[0])
-        start += size
-    assert start == len(tokens)
-    return np.concatenate(found)
-
-
 @pytest.mark.parametrize(
     "sizes",
     [
@@ -87,7 +78,9 @@ def run(session: Session, tokens: Sequence[int], sizes: Iterable[int]) -> Logits
 )
 def test_every_position_past_several_wraps(sizes: tuple[int, ...], rolling: Session, oracle: Any) -> None:
     tokens = random_tokens(DEPTH)
-    assert relative_error(oracle_logits(oracle, tokens), run(rolling, tokens, sizes)) < RELATIVE_ERROR
+    assert (
+        relative_error(oracle_logits(oracle, tokens), run_in_steps(rolling, tokens, sizes)) < RELATIVE_ERROR
+    )
 
 
 @pytest.mark.parametrize("end", [WINDOW, ROLLING_SLOTS, 4 * ROLLING_SLOTS])
@@ -154,7 +147,7 @@ def test_going_back(rolling: Session, full: Session) -> None:
         cache.truncate(234)
     cache.truncate(0)
     np.testing.assert_allclose(
-        rolling.step([tokens[:200]], cache)[0], run(rolling, tokens[:200], (200,)), rtol=0, atol=1e-6
+        rolling.step([tokens[:200]], cache)[0], run_in_steps(rolling, tokens[:200], (200,)), rtol=0, atol=1e-6
     )
 
 

@@ -41,13 +41,6 @@ def quantized(raw_graph: MakeGraph, quantization: Quantization) -> ir.Model:
     return model
 
 
-def producer(value: ir.Value | None) -> ir.Node:
-    assert value is not None
-    node = value.producer()
-    assert node is not None
-    return node
-
-
 def nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
     return [node for node in model.graph if node.op_type == op_type]
 

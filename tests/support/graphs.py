@@ -111,3 +111,11 @@ def decoder_feeds(
         shape = (batch, *(int(size) for size in cache.shape[1:]))
         feeds[str(cache.name)] = rng.standard_normal(shape).astype(cache.dtype.numpy())
     return feeds
+
+
+def producer(value: ir.Value | None) -> ir.Node:
+    """The node that makes a value."""
+    assert value is not None
+    node = value.producer()
+    assert node is not None
+    return node

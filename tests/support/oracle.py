@@ -6,7 +6,7 @@ format.
 
 import copy
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from support.small_bundle import TOKENIZER
+
+from gemma_export.runtime.session import Session
 
 Logits = npt.NDArray[np.float32]
 
@@ -168,3 +170,13 @@ def random_tokens(count: int, seed: int = 0) -> list[int]:
     """Ids of pieces that are no control tokens; the first is <bos>."""
     rng = np.random.default_rng(seed)
     return [2, *rng.integers(300, VOCABULARY, count - 1).tolist()]
+
+
+def run_in_steps(session: Session, tokens: Sequence[int], sizes: Iterable[int]) -> Logits:
+    """Logits [T, V] of tokens that are run in steps, of a bundle that gives those of all."""
+    cache, found, start = session.new_cache(), [], 0
+    for size in sizes:
+        found.append(session.step([tokens[start : start + size]], cache)[0])
+        start += size
+    assert start == len(tokens)
+    return np.concatenate(found)
