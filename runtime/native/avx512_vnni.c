@@ -145,33 +145,15 @@ KERNEL void row_of_small_blocks(const int bits, const int tokens, const Weight *
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
-KERNEL void rows(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n, size_t token,
-                 float *y) {
+KERNEL void row(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n, size_t token,
+                float *y) {
     if (block_bytes(w) >= CHUNK)
         row_of_chunks(bits, tokens, w, x, n, token, y);
     else
         row_of_small_blocks(bits, tokens, w, x, n, token, y);
 }
 
-KERNEL void few(const int bits, const Weight *w, const FewTokens *x, size_t first, size_t last, float *y) {
-    for (size_t n = first; n < last; n++) {
-        /* A row is read once from memory; for further tokens it is in the cache. */
-        size_t token = 0;
-        for (; token + FEW <= x->tokens; token += FEW) rows(bits, FEW, w, x, n, token, y);
-        switch (x->tokens - token) {
-            case 1: rows(bits, 1, w, x, n, token, y); break;
-            case 2: rows(bits, 2, w, x, n, token, y); break;
-            case 3: rows(bits, 3, w, x, n, token, y); break;
-        }
-    }
-}
-
-TARGET static void multiply_few(const Weight *w, const FewTokens *x, size_t first, size_t last, float *y) {
-    if (w->bits == 4)
-        few(4, w, x, first, last, y);
-    else
-        few(8, w, x, first, last, y);
-}
+#include "few.h"
 
 /* Many tokens: a tile is ROWS rows × TOKENS tokens, whose sums are in registers; a lane is a token. Of four columns of a
  * row the codes are one number for all lanes, and those of the activations are 4 bytes of each. */

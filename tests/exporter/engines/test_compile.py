@@ -200,6 +200,32 @@ def test_engine_is_never_written_into_the_old_bundles_file(
     stays_as_it_was(bundle, EngineError, lambda: compile_bundle(bundle, "rtx", ADA))
 
 
+@pytest.mark.parametrize("block", [32, 128])
+def test_the_blocks_of_a_bundle_are_those_of_the_estimate(
+    block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = BuildRequest(
+        size="tiny",
+        target="onnx",
+        precision="int4",
+        block=block,
+        max_length=64,
+        no_calibration=True,
+        parity="none",
+        output=tmp_path / "bundle",
+    )
+    plans: list[MemoryPlan] = []
+
+    def seen(plan: MemoryPlan, *device: object) -> None:
+        plans.append(plan)
+        raise UsageError("Enough.", "Nothing is compiled.")
+
+    monkeypatch.setattr(compiling, "check_memory", seen)
+    with pytest.raises(UsageError, match="Enough"):
+        compile_bundle(pipeline.build(request).path, "rtx", ADA)
+    assert [plan.block for plan in plans] == [block]
+
+
 def _fail(*arguments: object, **options: object) -> None:
     raise EngineError("It failed.", "Try again.")
 
