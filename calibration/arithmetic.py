@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma_export.calibration.slices import in_row_slices
 from gemma_export.graphs.formats import Form, Rounding, WeightFormat
-from gemma_export.graphs.quantization import round_per_tensor, round_per_token, round_trip
+from gemma_export.graphs.quantization import round_per_block, round_per_tensor, round_per_token, round_trip
 from gemma_export.graphs.quantized import SLICE_VALUES
 
 InputRounding = Literal["none", "token", "block", "tensor"]
@@ -26,7 +26,7 @@ class Arithmetic:
         form: Its form.
         weights: The format of W.
         input_rounding: How x is rounded to 8 bits on the way in: not at all, with a scale per token, with a
-            scale per token and block of W's columns (MatMulNBits at accuracy level 4), or with one scale.
+            scale per token and block of columns (MatMulNBits at accuracy level 4), or with one scale.
         input_scale: That scale.
     """
 
@@ -47,7 +47,7 @@ class Arithmetic:
             case "token":
                 return _row_by_row(round_per_token, x)
             case "block":
-                return _row_by_row(lambda rows: round_per_token(rows, self.weights.block), x)
+                return _row_by_row(lambda rows: round_per_block(rows, self.weights), x)
             case "tensor":
                 scale = self.input_scale
                 assert scale is not None

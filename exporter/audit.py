@@ -303,7 +303,8 @@ def _is_product_of_codes(reader: _Reader, how: LinearQuantization, accuracy_leve
     if any(other.op_type not in LAYOUT for other in reader.between) or _bits(reader) != form.bits:
         return False
     if node.op_type == "MatMulNBits":
-        return _block(node) == form.block and _accuracy(node) == accuracy_level
+        block = form.product_block(node.attributes.get_int("K"))
+        return _block(node) == block and _accuracy(node) == accuracy_level
     rounding = _made_by(node.inputs[0])
     return rounding is not None and rounding.op_type == "QuantizeLinear"
 

@@ -18,8 +18,8 @@ class Products:
     Attributes:
         form: The form of every linear layer that can take it.
         bits: Of a weight.
-        blocks: Columns that may share a scale, the default first; (None,) for a scale per row.
-        table_block: Columns that share a scale in the embedding table, which always has 8 bits.
+        blocks: Columns that may share a scale, the default first; None for a scale per row.
+        table_block: Likewise in the embedding table, which always has 8 bits.
         otherwise: The form of a layer whose activations lose too much when they are rounded.
         otherwise_block: Columns that share a scale there.
     """
@@ -70,8 +70,9 @@ SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
     # onnxruntime's CPU provider has no 16-bit products on x86: it would convert back and forth around each.
     ("cpu", "fp16"): (Scheme("fp16-storage", "float16", "float32", "float32"),),
     ("cpu", "bf16"): (Scheme("bf16-storage", "bfloat16", "float32", "float32"),),
-    # 256 columns is the largest block of onnxruntime's MatMulNBits: scales of a 64th of the codes.
+    # 256 columns is the largest block of onnxruntime's MatMulNBits: its scales are a 128th of the codes.
     ("cpu", "int8"): (
+        Scheme("w8a16", "int8", "float32", "float32", Products("w8", 8, (None, 256, 128, 64, 32), None)),
         Scheme(
             "w8a8-dynamic",
             "int8",
@@ -79,7 +80,6 @@ SCHEMES: dict[tuple[str, str], tuple[Scheme, ...]] = {
             "float32",
             Products("w8a8-token", 8, (None,), 256, otherwise="w8", otherwise_block=256),
         ),
-        Scheme("w8a16", "int8", "float32", "float32", Products("w8", 8, (256, 128, 64, 32), 256)),
     ),
     ("cpu", "int4"): (Scheme("w4a16", "int4", "float32", "float32", Products("w4", 4, (128, 32, 64), 256)),),
     ("onnx", "fp32"): (Scheme("fp32", "float32", "float32", "float32"),),

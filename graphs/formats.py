@@ -21,6 +21,9 @@ TURING = 75
 TABLE = "embed_tokens"
 """The embedding table's name: it is looked up, and is the head's weight too."""
 
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Columns that may share a scale in onnxruntime's MatMulNBits."""
+
 Rounding = Literal["nearest", "mse"]
 """How a group's scale is chosen: so that nothing is clipped, or by the least squared error."""
 
@@ -57,6 +60,15 @@ class WeightFormat:
     def highest(self) -> int:
         """The highest code."""
         return (1 << (self.bits - 1)) - 1
+
+    def product_block(self, columns: int) -> int | None:
+        """Columns of a row that MatMulNBits takes together, weight and input: those that share a scale.
+
+        It knows no scale of a whole row, so a row that has one is cut into the largest blocks that divide it,
+        each with that scale. None where it can have neither.
+        """
+        fitting = [size for size in BLOCK_SIZES if columns % size == 0 and self.block in (None, size)]
+        return max(fitting, default=None)
 
     def groups(self, columns: int) -> int:
         """Scales of a row of `columns`.

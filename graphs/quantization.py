@@ -143,12 +143,19 @@ def round_trip(rows: Tensor, form: WeightFormat, rounding: Rounding = "nearest")
 def round_per_token(x: Tensor, block: int | None = None) -> Tensor:
     """Activations [..., K] rounded to 8 bits, with a scale per token (or per block of each token): fp32.
 
-    This is what onnxruntime does to the input of MatMulNBits at accuracy level 4 (per block), and what the
-    form `w8a8-token` does (per token).
+    This is what the form `w8a8-token` does.
     """
     groups = x if block is None else x.reshape(*x.shape[:-1], -1, block)
     scale = (groups.abs().amax(-1, keepdim=True) / 127).clamp_min(SMALLEST_SCALE)
     return ((groups / scale).round_().clamp_(-128, 127) * scale).reshape(x.shape)
+
+
+def round_per_block(x: Tensor, form: WeightFormat) -> Tensor:
+    """Activations [..., K] rounded to 8 bits as MatMulNBits (accuracy level 4) does for such a weight: fp32.
+
+    There is a scale for each token and each block of columns that it takes together.
+    """
+    return round_per_token(x, form.product_block(x.shape[-1]))
 
 
 def round_per_tensor(x: Tensor, scale: float) -> Tensor:

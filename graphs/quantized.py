@@ -192,8 +192,9 @@ class PackedBlocks:
     def shape(self) -> tuple[int, ...]:
         """N, G, b · bits / 8."""
         rows, columns = self.weight.codes.shape
-        groups = self.weight.scales.shape[1]
-        return (rows, groups, columns // groups * self.weight.format.bits // 8)
+        block = self.weight.format.product_block(columns)
+        assert block is not None
+        return (rows, columns // block, block * self.weight.format.bits // 8)
 
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop)."""
@@ -273,11 +274,13 @@ class TransposedCodes:
 
 
 @dataclass(frozen=True)
-class BlockScales:
-    """The scales of a weight that has one per block: bfloat16 [N, G], which holds all of their digits."""
+class GroupScales:
+    """The scales of a weight, in the format that holds all of their digits: [N, G].
+
+    That is bfloat16 for those of blocks, and fp32 for one per row.
+    """
 
     weight: QuantizedWeight
-    dtype: torch.dtype = torch.bfloat16
 
     @property
     def name(self) -> str:
@@ -289,6 +292,11 @@ class BlockScales:
         """N, G."""
         return self.weight.scales.shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """bfloat16 or float32."""
+        return torch.bfloat16 if self.weight.format.short_scales else torch.float32
+
     def read(self, start: int, stop: int) -> Tensor:
         """Rows [start, stop).
 
@@ -296,7 +304,7 @@ class BlockScales:
             GraphError: They come from a file, and have digits that would be lost.
         """
         scales = self.weight.scales.read(start, stop)
-        short = scales.bfloat16()
+        short = scales.to(self.dtype)
         if not torch.equal(short.float(), scales):
             raise GraphError(
                 f"The stored scales of {self.name} have more digits than 16 bits hold.",

@@ -171,8 +171,8 @@ def embedding_is_stored_once(model: ir.Model) -> str | None:
 
 
 def _reader(node: ir.Node) -> str:
-    """The operator that reads a table, seen through a transpose or a cast."""
-    if node.op_type in ("Transpose", "Cast"):
+    """The operator that reads a table, seen through what turns it, casts it or repeats its scales."""
+    if node.op_type in ("Transpose", "Cast", "Expand"):
         for use in node.outputs[0].uses():
             return _reader(use.node)
     return node.op_type
@@ -250,7 +250,7 @@ def quantized_table_is_stored_once(model: ir.Model) -> str | None:
         if node.op_type == "Gather" and node.inputs[0] is not None and streamed(node.inputs[0]) is not None
     }
     stored = {table.dtype for table in lookups}
-    if stored != {ir.DataType.UINT8, ir.DataType.BFLOAT16}:
+    if ir.DataType.UINT8 not in stored:
         return embedding_is_stored_once(model)
     for table in lookups:
         readers = Counter(_reader(use.node) for use in table.uses())
@@ -277,7 +277,7 @@ def no_weight_is_stored_twice(model: ir.Model) -> str | None:
 
 
 def codes_are_read_as_codes(model: ir.Model) -> str | None:
-    """Every product over integers reads stored codes; scales of blocks are stored in 16 bits, and cast."""
+    """Every product over integers reads stored codes; scales are in 16 bits for blocks, or one per row."""
     for node in model.graph:
         if node.op_type not in ("MatMulInteger", "MatMulNBits"):
             continue
@@ -285,19 +285,22 @@ def codes_are_read_as_codes(model: ir.Model) -> str | None:
         wanted = ir.DataType.INT8 if node.op_type == "MatMulInteger" else ir.DataType.UINT8
         if codes is None or streamed(codes) is None or codes.dtype != wanted:
             return f"{node.name} reads no stored codes"
-        if node.op_type == "MatMulNBits" and not _are_short(scales, node.inputs[0]):
+        if node.op_type == "MatMulNBits" and not _are_small(scales, node.inputs[0]):
             return (
-                f"{node.name} has no scales that are stored in bfloat16 and have the format of what it reads"
+                f"{node.name} has no scales that are stored in bfloat16, or one per row, "
+                "and have the format of what it reads"
             )
     return None
 
 
-def _are_short(scales: ir.Value | None, x: ir.Value | None) -> bool:
-    """Whether scales are stored in bfloat16, and made numbers of the format of x."""
+def _are_small(scales: ir.Value | None, x: ir.Value | None) -> bool:
+    """Whether scales are stored in bfloat16, or one per row, and made numbers of the format of x."""
     stored = _stored(scales)
     assert scales is not None
     assert x is not None
-    return streamed(stored) is not None and stored.dtype == ir.DataType.BFLOAT16 and scales.dtype == x.dtype
+    tensor = streamed(stored)
+    small = stored.dtype == ir.DataType.BFLOAT16 or (tensor is not None and tensor.shape[-1] == 1)
+    return tensor is not None and small and scales.dtype == x.dtype
 
 
 def forms_are_those_chosen(forms: Mapping[str, Form]) -> Rule:

@@ -23,6 +23,7 @@ from gemma_export.graphs.quantization import (
     LinearQuantization,
     Quantization,
     decode,
+    round_per_block,
     round_per_tensor,
     round_per_token,
     round_trip,
@@ -176,9 +177,9 @@ def activation_rounding(linear: LinearQuantization, target: str) -> Rounder:
             assert scale is not None
             return lambda x: round_per_tensor(x, scale)
         case "w8" | "w4" if target == "cpu":
-            assert linear.format is not None
-            block = linear.format.block
-            return lambda x: round_per_token(x, block)
+            form = linear.format
+            assert form is not None
+            return lambda x: round_per_block(x, form)
         case _:
             return _unchanged
 

@@ -93,6 +93,11 @@ def _arithmetic(form: Form, block: int | None, target: str) -> Arithmetic:
     return Arithmetic(form, weight_format(form, block, target), rounding)
 
 
+def _option(block: int | None) -> str:
+    """What is said for blocks of a size."""
+    return "no --block" if block is None else f"--block {block}"
+
+
 def _divides(block: int | None, columns: int) -> bool:
     return block is None or columns % block == 0
 
@@ -101,5 +106,5 @@ def _check_block(name: str, columns: int, block: int | None, fitting: Sequence[i
     if not _divides(block, columns):
         raise UsageError(
             f"Blocks of {block} columns do not divide the {columns} of {name}.",
-            f"Choose --block {' or '.join(map(str, fitting))}." if fitting else "Choose --precision fp16.",
+            f"Choose {' or '.join(map(_option, fitting))}." if fitting else "Choose --precision fp16.",
         )

@@ -5,6 +5,8 @@
                                   Reshape((Cast(rows) - 128) · Cast(steps))        fp32 [B, T, d]
     MatMul(x, Transpose(E))    →  MatMulNBits(x, packed codes, Cast(scales))
 
+With a scale per row (fp32 [V, 1]) the steps are its own, for all of its blocks.
+
 The layout is the one of MatMulNBits, whose rows are whole: only those that are looked up become numbers. The
 factor sqrt(d) that follows the lookup stays an operator of its own: in the table, it would also multiply the
 logits.
@@ -35,7 +37,7 @@ from gemma_export.graphs.passes.quantized_layers import (
     take_place,
 )
 from gemma_export.graphs.quantization import LinearQuantization
-from gemma_export.graphs.quantized import PackedBlocks
+from gemma_export.graphs.quantized import GroupScales, PackedBlocks
 from gemma_export.graphs.spec import MICROSOFT
 
 
@@ -96,6 +98,7 @@ def _look_up(graph: ir.Graph, lookup: ir.Node, table: StoredBlocks) -> None:
     assert ids is not None
     name, tokens = str(output.name), list(output.shape[:-1])
     _, groups, block = PackedBlocks(table.weight).shape
+    _, scales = GroupScales(table.weight).shape
 
     def insert(
         op_type: str, *inputs: ir.Value, called: str, sizes: list[int], dtype: ir.DataType, **attributes: int
@@ -106,14 +109,16 @@ def _look_up(graph: ir.Graph, lookup: ir.Node, table: StoredBlocks) -> None:
         value.name, value.shape, value.dtype = node.name, ir.Shape([*tokens, *sizes]), dtype
         return value
 
-    uint8, short, fp32 = ir.DataType.UINT8, ir.DataType.BFLOAT16, ir.DataType.FLOAT
+    uint8, stored, fp32 = ir.DataType.UINT8, table.scales.dtype, ir.DataType.FLOAT
+    assert stored is not None
     zero = add_constant(graph, "zero_of_codes", 128.0)
     last_axis = add_constant(graph, "last_axis", [-1], ir.DataType.INT64)
     flat = add_constant(graph, "shape_of_rows", [0, 0, groups * block], ir.DataType.INT64)
     rows = insert("Gather", table.codes, ids, called="codes_of_rows", sizes=[groups, block], dtype=uint8)
-    steps = insert("Gather", table.scales, ids, called="scales_of_rows", sizes=[groups], dtype=short)
-    steps = insert("Unsqueeze", steps, last_axis, called="short_steps", sizes=[groups, 1], dtype=short)
-    steps = insert("Cast", steps, called="steps", sizes=[groups, 1], dtype=fp32, to=ir.DataType.FLOAT)
+    steps = insert("Gather", table.scales, ids, called="scales_of_rows", sizes=[scales], dtype=stored)
+    steps = insert("Unsqueeze", steps, last_axis, called="stored_steps", sizes=[scales, 1], dtype=stored)
+    if stored != fp32:
+        steps = insert("Cast", steps, called="steps", sizes=[scales, 1], dtype=fp32, to=ir.DataType.FLOAT)
     numbers = insert("Cast", rows, called="numbers", sizes=[groups, block], dtype=fp32, to=ir.DataType.FLOAT)
     signed = insert("Sub", numbers, zero, called="signed", sizes=[groups, block], dtype=fp32)
     blocks = insert("Mul", signed, steps, called="blocks", sizes=[groups, block], dtype=fp32)

@@ -2,6 +2,7 @@
 
     w8, w4       MatMul(x, Transpose(W))  →  MatMulNBits(x, packed codes [N, G, b · bits / 8],
                                                          Cast(scales [N, G], fp32))
+                                             with a scale per row, Expand(scales [N, 1]) to [N, G]
 
     w8a8-token   MatMul(x, Transpose(W))  →  step  = max(ReduceMax(|x|) / 127, 2⁻¹⁰⁰)     one per token
                                              codes = QuantizeLinear(x / step, 1, 128)     uint8
@@ -14,14 +15,16 @@ MatMulInteger has no transposed operand: its codes are written [K, N]. This is t
 and roundings that onnxruntime computes fastest, and what `quantization.round_per_token` does in fp32.
 A CPU's MatMulNBits rounds x to 8 bits as well, per block of columns: that is what its accuracy level 4 means,
 and at any other it is tens of times slower; a GPU's takes x as it is. The scales of blocks are stored in
-bfloat16, whose digits are all that they have.
+bfloat16, whose digits are all that they have. MatMulNBits knows no scale of a whole row: it is repeated for
+each block, when the graph is loaded.
 
 Illegal, and an error, when:
   (1) nothing says how a layer is quantized, or something is said of a layer that the graph does not have;
   (2) the form is none of these: onnxruntime computes no other fast;
   (3) the weight's format is not the form's: 8 bits with a scale per row for w8a8-token; 8 bits for w8 and 4
-      for w4, with blocks of 16, 32, 64, 128 or 256 columns, which is what MatMulNBits knows;
-  (4) the blocks do not divide the rows.
+      for w4, with a scale per row or blocks of 16, 32, 64, 128 or 256 columns, which is what MatMulNBits
+      knows;
+  (4) the blocks do not divide the rows; with a scale per row, none of those does.
 
 Source: onnxruntime `docs/ContribOperators.md`, com.microsoft.MatMulNBits.
 """

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from gemma_export.errors import GraphError
-from gemma_export.graphs.formats import WeightFormat
+from gemma_export.graphs.formats import BLOCK_SIZES, WeightFormat
 from gemma_export.graphs.passes.patterns import stand_in
 from gemma_export.graphs.quantization import LinearQuantization
-from gemma_export.graphs.quantized import BlockScales, PackedBlocks, QuantizedWeight, quantized
+from gemma_export.graphs.quantized import GroupScales, PackedBlocks, QuantizedWeight, quantized
 from gemma_export.graphs.spec import MICROSOFT
 from gemma_export.graphs.tensors import RowSource, add_initializer, streamed
 
@@ -24,9 +24,6 @@ TAKES_X = 0
 
 BITS = {"w8": 8, "w4": 4}
 """Of the forms whose weights MatMulNBits reads."""
-
-BLOCK_SIZES = (16, 32, 64, 128, 256)
-"""Columns that may share a scale in MatMulNBits."""
 
 CALIBRATE = "The scales belong to another model or target: calibrate again."
 
@@ -58,7 +55,13 @@ def chosen(linears: Mapping[str, LinearQuantization], name: str) -> LinearQuanti
 
 @dataclass(frozen=True)
 class StoredBlocks:
-    """A weight in blocks as initializers: codes uint8 [N, G, b · bits / 8] and scales bfloat16 [N, G]."""
+    """A weight in blocks of b columns as initializers: codes and scales.
+
+    Attributes:
+        weight: What they are of.
+        codes: uint8 [N, K / b, b · bits / 8].
+        scales: bfloat16 [N, K / b] or, where the blocks of a row share one, fp32 [N, 1].
+    """
 
     weight: QuantizedWeight
     codes: ir.Value
@@ -67,29 +70,34 @@ class StoredBlocks:
     def insert_product(self, graph: ir.Graph, before: ir.Node, x: ir.Value, accuracy_level: int) -> ir.Node:
         """Puts the product of x [.., K] with the transpose of the weight before a node: [.., N].
 
-        Scales are fp32 there. onnxruntime makes them so once for all, when it loads the graph, and has to:
-        1.31 packs codes without scales that are no constants, and all products are then zeros. So this graph
-        is not for a session that has constant folding disabled.
+        Scales are fp32 there, one for each block. onnxruntime makes them so once for all, when it loads the
+        graph, and has to: 1.31 packs codes without scales that are no constants, and all products are then
+        zeros. So this graph is not for a session that has constant folding disabled.
         """
-        rows, columns = self.weight.codes.shape
-        assert self.weight.format.block is not None
-        wide = ir.node("Cast", [self.scales], attributes={"to": ir.DataType.FLOAT})
-        scales = wide.outputs[0]
-        scales.name, scales.shape = f"{self.scales.name}.fp32", self.scales.shape
-        scales.dtype, wide.name = ir.DataType.FLOAT, scales.name
+        form, (rows, columns) = self.weight.format, self.weight.codes.shape
+        block = form.product_block(columns)
+        assert block is not None
+        if form.block is None:
+            blocks = add_constant(graph, f"blocks_of_{columns}", [1, columns // block], ir.DataType.INT64)
+            widening = ir.node("Expand", [self.scales, blocks])
+        else:
+            widening = ir.node("Cast", [self.scales], attributes={"to": ir.DataType.FLOAT})
+        scales = widening.outputs[0]
+        scales.name, scales.shape = f"{self.scales.name}.of_blocks", ir.Shape([rows, columns // block])
+        scales.dtype, widening.name = ir.DataType.FLOAT, scales.name
         product = ir.node(
             "MatMulNBits",
             [x, self.codes, scales],
             attributes={
                 "K": columns,
                 "N": rows,
-                "bits": self.weight.format.bits,
-                "block_size": self.weight.format.block,
+                "bits": form.bits,
+                "block_size": block,
                 "accuracy_level": accuracy_level,
             },
             domain=MICROSOFT,
         )
-        graph.insert_before(before, [wide, product])
+        graph.insert_before(before, [widening, product])
         return product
 
 
@@ -102,14 +110,19 @@ def add_blocks(graph: ir.Graph, name: str, source: RowSource, how: LinearQuantiz
     form = how.format
     if how.form not in BITS:
         raise GraphError(f"{name} cannot be {how.form} for onnxruntime.", CALIBRATE)
-    if form is None or form.bits != BITS[how.form] or form.block not in BLOCK_SIZES:
+    if form is None or form.bits != BITS[how.form] or form.block not in (None, *BLOCK_SIZES):
         raise GraphError(
             f"{name} cannot be {how.form} with {described(form)} for onnxruntime.",
             f"Choose blocks of {', '.join(map(str, BLOCK_SIZES))} columns and {BITS[how.form]} bits.",
         )
     weight = quantized(source, how)
+    if form.product_block(source.shape[1]) is None:
+        raise GraphError(
+            f"{name} has {source.shape[1]} columns, which no block of onnxruntime's divides.",
+            f"They have {', '.join(map(str, BLOCK_SIZES))} columns: choose --precision fp16.",
+        )
     codes = add_initializer(graph, f"{name}.codes", PackedBlocks(weight))
-    return StoredBlocks(weight, codes, add_initializer(graph, f"{name}.scales", BlockScales(weight)))
+    return StoredBlocks(weight, codes, add_initializer(graph, f"{name}.scales", GroupScales(weight)))
 
 
 def add_constant(

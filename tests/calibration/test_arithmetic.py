@@ -15,10 +15,12 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_each_rounding_of_the_input_is_that_of_the_graph():
-    x, blocks = random(5, 32), WeightFormat(8, 8)
+    x, blocks = random(5, 96), WeightFormat(8, 16)
     assert torch.equal(Arithmetic("w8", blocks, "none").round_input(x), x)
     assert torch.equal(Arithmetic("w8a8-token", WeightFormat(8), "token").round_input(x), round_per_token(x))
-    assert torch.equal(Arithmetic("w8", blocks, "block").round_input(x), round_per_token(x, 8))
+    assert torch.equal(Arithmetic("w8", blocks, "block").round_input(x), round_per_token(x, 16))
+    # The largest blocks that divide the row.
+    assert torch.equal(Arithmetic("w8", WeightFormat(8), "block").round_input(x), round_per_token(x, 32))
     static = Arithmetic("w8a8-tensor", WeightFormat(8), "tensor").with_input_scale(0.02)
     assert torch.equal(static.round_input(x), round_per_tensor(x, 0.02))
 

@@ -51,7 +51,7 @@ def test_scheme_keeps_the_precision(target: str, precision: str) -> None:
 
 
 def test_the_first_scheme_is_the_default() -> None:
-    assert scheme_for("cpu", "int8").name == BuildRequest(**INT8).scheme.name == "w8a8-dynamic"
+    assert scheme_for("cpu", "int8").name == BuildRequest(**INT8).scheme.name == "w8a16"
     assert scheme_for("onnx", "int8").name == scheme_for("rtx", "int8").name == "w8a16"
     assert scheme_for("tensorrt", "int8").name == "w8a8"
     assert BuildRequest(**W8A8).scheme.products.form == "w8a8-tensor"  # type: ignore[union-attr]
@@ -89,7 +89,7 @@ def test_request_is_frozen() -> None:
         ({"size": "tiny", "parity": "none", "allow_parity_failure": True}, "contradict", "Leave one"),
         # How a precision is kept
         (INT8 | {"scheme_name": "w8a8"}, "no scheme 'w8a8' of int8 for the target cpu", "--target onnx"),
-        (INT8 | {"scheme_name": "fastest"}, "no scheme 'fastest'", "w8a8-dynamic or w8a16"),
+        (INT8 | {"scheme_name": "fastest"}, "no scheme 'fastest'", "w8a16 or w8a8-dynamic"),
         ({"size": "tiny", "scheme_name": "w8a16"}, "no scheme 'w8a16' of fp32", "--precision int8"),
         (
             INT8 | {"scheme_name": "w8a8-dynamic", "block": 64},

@@ -22,7 +22,7 @@ from support.quantized_cpu import (
     operators,
     small,
 )
-from support.quantized_tiny import TABLE, Array, every_layer, tiny_canonical, tiny_feeds, tiny_source
+from support.quantized_tiny import Array, every_layer, tiny_canonical, tiny_feeds, tiny_source
 
 from gemma_export.graphs import schedule
 from gemma_export.graphs.formats import WeightFormat
@@ -140,8 +140,13 @@ def test_the_table_is_looked_up_as_the_head_reads_it(raw_graph: MakeGraph) -> No
 
 @pytest.mark.parametrize(
     "how",
-    [TOKEN, LinearQuantization("w8", WeightFormat(8, 64)), LinearQuantization("w4", WeightFormat(4, 32))],
-    ids=["tokens", "w8", "w4"],
+    [
+        TOKEN,
+        LinearQuantization("w8", WeightFormat(8)),
+        LinearQuantization("w8", WeightFormat(8, 64)),
+        LinearQuantization("w4", WeightFormat(4, 32)),
+    ],
+    ids=["tokens", "w8", "w8 64", "w4"],
 )
 def test_the_file_holds_every_byte_once(how: LinearQuantization, tmp_path: Path) -> None:
     model = tiny_canonical()
@@ -161,13 +166,17 @@ def expected_sizes(how: LinearQuantization) -> list[int]:
     d, f, heads = config.hidden_size, config.intermediate_size, config.num_query_heads * config.head_dim
     kv = config.num_kv_heads * config.head_dim
     sizes = []  # Gains and the frequencies of the rotary tables are in the graph file.
+    for rows, columns in [(heads + 2 * kv, d), (2 * f, d), (d, f)] * config.num_layers:
+        sizes += expected_parts(how, rows, columns)
+    sizes += [d * heads * 2] * config.num_layers  # In fp16.
+    return [*sizes, *expected_parts(every_layer(how).linears["embed_tokens"], config.vocab_size, d)]
+
+
+def expected_parts(how: LinearQuantization, rows: int, columns: int) -> list[int]:
+    """Bytes of a weight's codes and of its scales."""
     assert how.format is not None
     scale = 4 if how.format.block is None else 2
-    for rows, columns in [(heads + 2 * kv, d), (2 * f, d), (d, f)] * config.num_layers:
-        sizes += [rows * columns * how.format.bits // 8, rows * how.format.groups(columns) * scale]
-    sizes += [d * heads * 2] * config.num_layers  # In fp16.
-    assert TABLE.format is not None
-    return [*sizes, config.vocab_size * d, config.vocab_size * TABLE.format.groups(d) * 2]
+    return [rows * columns * how.format.bits // 8, rows * how.format.groups(columns) * scale]
 
 
 def padded(sizes: list[int]) -> int:

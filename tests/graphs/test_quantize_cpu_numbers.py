@@ -17,6 +17,7 @@ from support.quantized_tiny import (
     every_layer,
     relative_error,
     rounded_decoder,
+    rounded_input,
     tiny_canonical,
     tiny_feeds,
     tiny_source,
@@ -35,12 +36,13 @@ tiny_forms = pytest.mark.parametrize(
     [
         TOKEN,
         replace(TOKEN, rounding="mse"),
+        LinearQuantization("w8", WeightFormat(8, negative_scales=True), "mse"),
         LinearQuantization("w8", WeightFormat(8, 256)),
         LinearQuantization("w8", WeightFormat(8, 32)),
         LinearQuantization("w4", WeightFormat(4, 128, negative_scales=True), "mse"),
         LinearQuantization("w4", WeightFormat(4, 32)),
     ],
-    ids=["tokens", "tokens mse", "w8 256", "w8 32", "w4 128", "w4 32"],
+    ids=["tokens", "tokens mse", "w8", "w8 256", "w8 32", "w4 128", "w4 32"],
 )
 
 
@@ -80,7 +82,7 @@ def test_every_product_is_the_emulated_one(how: LinearQuantization) -> None:
     for name, read in inputs.items():
         chosen = quantization.linears[name]
         assert chosen.format is not None
-        rounded = round_per_token(torch.from_numpy(results[read]), chosen.format.block)
+        rounded = rounded_input(torch.from_numpy(results[read]), chosen)
         expected = rounded @ round_trip(weights[name], chosen.format, chosen.rounding).T
         found = results["logits" if name == "embed_tokens" else name]
         errors = np.abs(found - expected.numpy()).max(-1)[0] / float(expected.abs().max())  # Of each token.

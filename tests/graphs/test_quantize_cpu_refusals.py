@@ -14,6 +14,7 @@ from gemma_export.errors import GraphError
 from gemma_export.graphs import schedule, spec
 from gemma_export.graphs.formats import WeightFormat
 from gemma_export.graphs.passes.quantize_embedding import quantize_embedding
+from gemma_export.graphs.passes.quantized_layers import add_blocks
 from gemma_export.graphs.quantization import LinearQuantization, Quantization
 from gemma_export.graphs.tensors import InMemory, add_initializer, streamed
 
@@ -45,7 +46,7 @@ def test_a_layer_that_is_not_there(raw_graph: MakeGraph, name: str) -> None:
         (LinearQuantization("w8a8-token", WeightFormat(8, 16)), "8 bits and blocks of 16"),
         (LinearQuantization("w8a8-token", WeightFormat(4)), "4 bits and a scale per row"),
         (LinearQuantization("w8a8-token"), "with no format"),
-        (LinearQuantization("w8", WeightFormat(8)), "8 bits and a scale per row"),
+        (LinearQuantization("w8", WeightFormat(4)), "4 bits and a scale per row"),
         (LinearQuantization("w8", WeightFormat(4, 16)), "4 bits and blocks of 16"),
         (LinearQuantization("w8", WeightFormat(8, 8)), "8 bits and blocks of 8"),
         (LinearQuantization("w8", WeightFormat(8, 512)), "8 bits and blocks of 512"),
@@ -67,6 +68,18 @@ def test_blocks_that_do_not_divide_a_layer(raw_graph: MakeGraph) -> None:
     quantization = small(LinearQuantization("w8", WeightFormat(8, 64)))
     with pytest.raises(GraphError, match=r"q_proj.weight .* blocks of 64 do not divide rows of 32"):
         schedule.lower(canonical(raw_graph), "cpu", FP32, FP32, quantization=quantization)
+
+
+def test_rows_that_no_block_divides() -> None:
+    graph = ir.Graph([], [], nodes=[])
+    with pytest.raises(GraphError, match="down_proj has 40 columns, which no block of onnxruntime's divides"):
+        add_blocks(
+            graph,
+            "down_proj",
+            InMemory("down_proj.weight", torch.ones(8, 40)),
+            LinearQuantization("w8", WeightFormat(8)),
+        )
+    assert not graph.initializers
 
 
 @pytest.mark.parametrize("how", [TOKEN, W4, replace(W8, form="w8a8-tensor")], ids=lambda how: how.form)
@@ -154,14 +167,14 @@ def compute_the_codes(graph: ir.Graph) -> None:
 
 def store_wide_scales(graph: ir.Graph) -> None:
     product = next(node for node in graph if node.op_type == "MatMulNBits")
-    product.replace_input_with(2, add_initializer(graph, "wide.scales", InMemory("wide", torch.ones(1))))
+    product.replace_input_with(2, add_initializer(graph, "wide.scales", InMemory("wide", torch.ones(32, 2))))
 
 
 def store_wide_scales_before_their_cast(graph: ir.Graph) -> None:
     product = next(node for node in graph if node.op_type == "MatMulNBits")
     cast = product.inputs[2].producer()  # type: ignore[union-attr]
     assert cast is not None
-    cast.replace_input_with(0, add_initializer(graph, "wide.scales", InMemory("wide", torch.ones(1))))
+    cast.replace_input_with(0, add_initializer(graph, "wide.scales", InMemory("wide", torch.ones(32, 2))))
 
 
 def narrow_the_scales(graph: ir.Graph) -> None:

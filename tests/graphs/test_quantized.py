@@ -19,7 +19,7 @@ from gemma_export.graphs.quantization import (
     scales_for,
 )
 from gemma_export.graphs.quantized import (
-    BlockScales,
+    GroupScales,
     PackedBlocks,
     PackedRows,
     QuantizedWeight,
@@ -190,14 +190,14 @@ def test_stored_codes_are_taken_as_they_are() -> None:
     assert torch.equal(whole(weight.codes), codes)
     assert torch.equal(whole(weight.scales), scales)
     assert torch.equal(whole(PackedBlocks(weight)).int() - 128, codes.reshape(ROWS, 4, 16).int())
-    assert torch.equal(whole(BlockScales(weight)).float(), scales)
+    assert torch.equal(whole(GroupScales(weight)).float(), scales)
 
 
 def test_stored_scales_are_not_rounded_behind_their_codes() -> None:
     codes, scales = torch.zeros(ROWS, COLUMNS, dtype=torch.int8), torch.ones(ROWS, 4)
     scales[30, 2] += 2**-8
     stored = (InMemory("w", codes), InMemory("w", scales))
-    short = BlockScales(quantized(InMemory("w", WEIGHT), LinearQuantization("w8", BLOCKS, stored=stored)))
+    short = GroupScales(quantized(InMemory("w", WEIGHT), LinearQuantization("w8", BLOCKS, stored=stored)))
     assert torch.equal(short.read(0, 30).float(), scales[:30])
     with pytest.raises(GraphError, match="scales of w have more digits than 16 bits hold"):
         whole(short)
@@ -207,7 +207,7 @@ def test_stored_scales_are_not_rounded_behind_their_codes() -> None:
 @every_rounding
 def test_scales_of_blocks_are_stored_in_16_bits(form: WeightFormat, rounding: Rounding) -> None:
     weight = weight_of(form, rounding)
-    stored = BlockScales(weight)
+    stored = GroupScales(weight)
     codes, scales = expected_parts(form, rounding)
     assert (stored.name, stored.shape, stored.dtype) == ("w", tuple(scales.shape), torch.bfloat16)
     assert torch.equal(whole(weight.codes), codes)
@@ -268,7 +268,7 @@ def test_every_layout_comes_back_from_the_disk(tmp_path: Path) -> None:
     add_initializer(graph, "transposed", TransposedCodes(per_row))
     add_initializer(graph, "row scales", RowScales(per_row))
     add_initializer(graph, "blocks", PackedBlocks(blocks))
-    add_initializer(graph, "block scales", BlockScales(blocks))
+    add_initializer(graph, "block scales", GroupScales(blocks))
     add_initializer(graph, "int4", PackedRows(nibbles), ir.DataType.INT4)
     model = ir.Model(graph, ir_version=11)
     size = external_bytes(model)

@@ -14,7 +14,13 @@ from gemma_export.exporter.source import Source, open_source
 from gemma_export.exporter.trace import bind_weights, trace
 from gemma_export.graphs import schedule
 from gemma_export.graphs.formats import WeightFormat
-from gemma_export.graphs.quantization import LinearQuantization, Quantization, round_per_token, round_trip
+from gemma_export.graphs.quantization import (
+    LinearQuantization,
+    Quantization,
+    round_per_block,
+    round_per_token,
+    round_trip,
+)
 
 Array = npt.NDArray[np.float32]
 
@@ -44,13 +50,16 @@ def tiny_canonical() -> ir.Model:
 
 def every_layer(
     how: LinearQuantization,
-    table: LinearQuantization = TABLE,
+    table: LinearQuantization | None = None,
     *,
     layers: int | None = None,
     **others: LinearQuantization,
 ) -> Quantization:
-    """One way for all layers, but for the `others`, by the last part of a layer's name."""
-    linears = {"embed_tokens": table}
+    """One way for all layers, but for the `others`, by the last part of a layer's name.
+
+    The table's is the layers' where it can be.
+    """
+    linears = {"embed_tokens": table or (how if how.form == "w8" else TABLE)}
     for i in range(tiny_source().config.num_layers if layers is None else layers):
         linears |= {f"layers.{i}.{name}": others.get(name.rsplit(".", 1)[1], how) for name in LINEARS}
     return Quantization({}, linears)
@@ -94,8 +103,7 @@ def rounded_decoder(quantization: Quantization) -> Decoder:
         decoder.embed_tokens.weight.data = round_trip(
             decoder.embed_tokens.weight.data, table.format, table.rounding
         )
-        block = table.format.block
-        decoder.norm.register_forward_hook(lambda module, args, output: round_per_token(output, block))
+        decoder.norm.register_forward_hook(lambda module, args, output: rounded_input(output, table))
     return decoder
 
 
@@ -104,8 +112,13 @@ def _round_product(linear: nn.Linear, how: LinearQuantization) -> None:
         linear.weight.data = linear.weight.half().float()
         return
     linear.weight.data = round_trip(linear.weight.data, how.format, how.rounding)
-    block = how.format.block
-    linear.register_forward_pre_hook(lambda module, args: (round_per_token(args[0], block),))
+    linear.register_forward_pre_hook(lambda module, args: (rounded_input(args[0], how),))
+
+
+def rounded_input(x: torch.Tensor, how: LinearQuantization) -> torch.Tensor:
+    """Activations [.., K] as a form on a CPU multiplies them."""
+    assert how.format is not None
+    return round_per_token(x) if how.form == "w8a8-token" else round_per_block(x, how.format)
 
 
 def decoder_logits(decoder: Decoder, feeds: dict[str, npt.NDArray[np.generic]]) -> Array:

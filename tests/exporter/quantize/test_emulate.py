@@ -205,14 +205,14 @@ def test_which_activations_are_rounded(form, target, expected):
     torch.testing.assert_close(activation_rounding(linear, target)(x), expected(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("block", [32, 128])
+@pytest.mark.parametrize(("bits", "block"), [(8, 32), (8, 128), (8, None), (4, 32), (4, 128)])
 def test_it_is_what_onnxruntime_computes(bits, block):
     """MatMulNBits at accuracy level 4, as the target `cpu` uses it."""
     layout = WeightFormat(bits, block, negative_scales=bits == 4)
     generator = torch.Generator().manual_seed(4)
-    weight = torch.randn(64, 256, generator=generator)
-    x = torch.randn(5, 256, generator=generator) * torch.rand(256, generator=generator).mul(4).exp()
+    weight = torch.randn(64, 768, generator=generator)
+    x = torch.randn(5, 768, generator=generator) * torch.rand(768, generator=generator).mul(4).exp()
+    taken = block or 256
     scales = nearest_scales(weight, layout)
     codes = encode(weight, scales, layout)
     packed = pack_nibbles(codes ^ -8) if bits == 4 else (codes.int() + 128).to(torch.uint8)  # code + 8, + 128
@@ -221,16 +221,16 @@ def test_it_is_what_onnxruntime_computes(bits, block):
         ["x", "codes", "scales"],
         ["y"],
         domain="com.microsoft",
-        **{"K": 256, "N": 64, "bits": bits, "block_size": block, "accuracy_level": 4},
+        **{"K": 768, "N": 64, "bits": bits, "block_size": taken, "accuracy_level": 4},
     )
     graph = helper.make_graph(
         [node],
         "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 256])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [5, 768])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [5, 64])],
         [
-            numpy_helper.from_array(packed.reshape(64, 256 // block, -1).numpy(), "codes"),
-            numpy_helper.from_array(scales.numpy(), "scales"),
+            numpy_helper.from_array(packed.reshape(64, 768 // taken, -1).numpy(), "codes"),
+            numpy_helper.from_array(scales.expand(64, 768 // taken).numpy(), "scales"),
         ],
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]

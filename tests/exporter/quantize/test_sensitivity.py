@@ -250,7 +250,7 @@ def test_a_request_is_calibrated_as_a_build_and_measured_whole(monkeypatch):
     report = measure_sensitivity(request, None, told.append)
     assert (report.model, report.precision, report.scheme) == ("gemma-tiny", "int8", request.scheme.name)
     assert len(report.units) == 21
-    assert {unit.form for unit in report.units[1:]} == {"w8a8-token"}
+    assert {unit.form for unit in report.units[1:]} == {"w8"}
     assert report.text == "the project's own texts"
     assert sensitivity.STAGE in {event.stage for event in told if isinstance(event, events.StageFinished)}
 
