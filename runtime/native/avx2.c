@@ -10,7 +10,8 @@
 
 #define AHEAD 2048 /* Bytes that are asked for before they are read: hardware stops asking at the end of a page. */
 #define FEW 4      /* Tokens that share a read of a weight. */
-enum { ROWS = 4, TOKENS = 16, HALVES = TOKENS / 8, STRIDE = LARGEST_BLOCK + 32 /* of a row's unpacked block */ };
+enum { ROWS = 4, STRIP = 64, TOKENS = 16, HALVES = TOKENS / 8, STRIDE = LARGEST_BLOCK + 32 /* of a row's unpacked block */ };
+typedef int16_t Unpacked;
 
 static int is_supported(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 
@@ -110,16 +111,11 @@ KERNEL void unpack(const Weight *w, const uint8_t *codes, int16_t *out) {
     }
 }
 
-/* Rows' codes of the block after this one, into the second-level cache while this one is computed. */
-KERNEL void ask_for_next_block(const Weight *w, size_t first, size_t last, size_t block) {
-    for (size_t n = first; n < last; n++)
-        for (size_t i = 0; i < block_bytes(w); i += CHUNK)
-            _mm_prefetch((const char *)w->codes + n * row_bytes(w) + (block + 1) * block_bytes(w) + i, _MM_HINT_T1);
-}
-
-/* sums [ROWS, TOKENS] += a block's products; w [ROWS, STRIDE], x [pairs, TOKENS, 2]. */
-KERNEL void add_tile(const int16_t *w, const float *row_scales, const int16_t *x, const float *scales,
-                     const int32_t *corrections, size_t pairs, float *sums) {
+/* sums [ROWS, TOKENS] += a block's products; w: ROWS rows `stride` apart; x [pairs, TOKENS, 2]. */
+KERNEL void add_tile(const Weight *weight, const Unpacked *w, size_t stride, const float *row_scales, const void *codes,
+                     const float *scales, const int32_t *corrections, float *sums) {
+    const int16_t *x = codes;
+    size_t pairs = weight->block / 2;
     __m256i dots[ROWS][HALVES];
     UNROLLED
     for (int h = 0; h < HALVES; h++)
@@ -132,11 +128,11 @@ KERNEL void add_tile(const int16_t *w, const float *row_scales, const int16_t *x
         UNROLLED
         for (int r = 0; r < ROWS; r++) {
             int32_t two;
-            memcpy(&two, w + r * STRIDE, sizeof two);
-            const __m256i codes = _mm256_set1_epi32(two);
+            memcpy(&two, w + r * stride, sizeof two);
+            const __m256i row = _mm256_set1_epi32(two);
             UNROLLED
             for (int h = 0; h < HALVES; h++) {
-                dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(codes, columns[h]));
+                dots[r][h] = _mm256_add_epi32(dots[r][h], _mm256_madd_epi16(row, columns[h]));
                 KEPT_IN_REGISTER(dots[r][h]);
             }
         }
@@ -153,28 +149,8 @@ KERNEL void add_tile(const int16_t *w, const float *row_scales, const int16_t *x
         }
 }
 
-TARGET static void multiply_many(const Weight *w, const ManyTokens *x, size_t first, size_t last, float *y) {
-    _Alignas(32) int16_t unpacked[PANEL_ROWS * STRIDE];
-    _Alignas(32) float sums[PANEL_ROWS * MANY_AT_ONCE];
-    const size_t count = last - first, strips = ceiling(count, ROWS);
-    memset(sums, 0, strips * x->tiles * ROWS * TOKENS * sizeof *sums);
-    for (size_t b = 0; b < w->blocks; b++) {
-        float row_scales[PANEL_ROWS] = {0}; /* Rows that there are not have scale 0, and are not stored. */
-        for (size_t r = 0; r < count; r++) {
-            unpack(w, w->codes + (first + r) * row_bytes(w) + b * block_bytes(w), unpacked + r * STRIDE);
-            row_scales[r] = w->scales[(first + r) * w->blocks + b];
-        }
-        for (size_t r = count; r < strips * ROWS; r++) memset(unpacked + r * STRIDE, 0, w->block * sizeof *unpacked);
-        for (size_t tile = 0; tile < x->tiles; tile++) {
-            const size_t at = tile * w->blocks + b;
-            ask_for_next_block(w, first + count * tile / x->tiles, first + count * (tile + 1) / x->tiles, b);
-            for (size_t strip = 0; strip < strips; strip++)
-                add_tile(unpacked + strip * ROWS * STRIDE, row_scales + strip * ROWS,
-                         (const int16_t *)x->codes + at * w->block * TOKENS, x->scales + at * TOKENS,
-                         x->corrections + at * TOKENS, w->block / 2,
-                         sums + (strip * x->tiles + tile) * ROWS * TOKENS);
-        }
-    }
+/* Sums [count / ROWS, tiles, ROWS, TOKENS] to rows [first, first + count) of y [T, N]. */
+KERNEL void store(const Weight *w, const ManyTokens *x, size_t first, size_t count, const float *sums, float *y) {
     for (size_t r = 0; r < count; r++)
         for (size_t t = 0; t < x->tokens; t++) {
             const size_t tile = r / ROWS * x->tiles + t / TOKENS;
@@ -182,12 +158,14 @@ TARGET static void multiply_many(const Weight *w, const ManyTokens *x, size_t fi
         }
 }
 
+#include "many.h"
+
 const Kernels avx2_kernels = {
     .name = "avx2",
     .is_supported = is_supported,
     .few = 8,
     .tile_tokens = TOKENS,
-    .tile_rows = ROWS,
+    .strip_rows = STRIP,
     .code_bytes = 2,
     .quantize = quantize,
     .multiply_few = multiply_few,

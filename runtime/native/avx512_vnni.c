@@ -157,7 +157,8 @@ KERNEL void row(const int bits, const int tokens, const Weight *w, const FewToke
 
 /* Many tokens: a tile is ROWS rows × TOKENS tokens, whose sums are in registers; a lane is a token. Of four columns of a
  * row the codes are one number for all lanes, and those of the activations are 4 bytes of each. */
-enum { ROWS = 12, TOKENS = 32, HALVES = TOKENS / 16, STRIDE = LARGEST_BLOCK + CHUNK /* of a row's unpacked block */ };
+enum { ROWS = 12, STRIP = 2 * ROWS, TOKENS = 32, HALVES = TOKENS / 16, STRIDE = LARGEST_BLOCK + CHUNK /* of a row's unpacked block */ };
+typedef uint8_t Unpacked;
 
 /* Columns of a block in the order in which unpacked weights have them: of 4 bits, a chunk's even ones before its odd. */
 KERNEL void order_columns(const Weight *w, const int8_t *natural, int8_t *codes) {
@@ -207,16 +208,11 @@ KERNEL void unpack(const Weight *w, const uint8_t *codes, uint8_t *out) {
     }
 }
 
-/* Rows' codes of the block after this one, into the second-level cache while this one is computed. */
-KERNEL void ask_for_next_block(const Weight *w, size_t first, size_t last, size_t block) {
-    for (size_t n = first; n < last; n++)
-        for (size_t i = 0; i < block_bytes(w); i += CHUNK)
-            _mm_prefetch((const char *)w->codes + n * row_bytes(w) + (block + 1) * block_bytes(w) + i, _MM_HINT_T1);
-}
-
-/* sums [ROWS, TOKENS] += a block's products; w [ROWS, STRIDE], x [quads, TOKENS, 4]. */
-KERNEL void add_tile(const uint8_t *w, const float *row_scales, const int8_t *x, const float *scales,
-                     const int32_t *corrections, size_t quads, float *sums) {
+/* sums [ROWS, TOKENS] += a block's products; w: ROWS rows `stride` apart; x [quads, TOKENS, 4]. */
+KERNEL void add_tile(const Weight *weight, const Unpacked *w, size_t stride, const float *row_scales, const void *codes,
+                     const float *scales, const int32_t *corrections, float *sums) {
+    const int8_t *x = codes;
+    size_t quads = weight->block / 4;
     __m512i dots[ROWS][HALVES];
     UNROLLED
     for (int h = 0; h < HALVES; h++)
@@ -229,11 +225,11 @@ KERNEL void add_tile(const uint8_t *w, const float *row_scales, const int8_t *x,
         UNROLLED
         for (int r = 0; r < ROWS; r++) {
             int32_t four;
-            memcpy(&four, w + r * STRIDE, sizeof four);
-            const __m512i codes = _mm512_set1_epi32(four);
+            memcpy(&four, w + r * stride, sizeof four);
+            const __m512i row = _mm512_set1_epi32(four);
             UNROLLED
             for (int h = 0; h < HALVES; h++) {
-                dots[r][h] = _mm512_dpbusd_epi32(dots[r][h], codes, columns[h]);
+                dots[r][h] = _mm512_dpbusd_epi32(dots[r][h], row, columns[h]);
                 KEPT_IN_REGISTER(dots[r][h]);
             }
         }
@@ -279,7 +275,7 @@ KERNEL void transpose(__m512 *in) {
     }
 }
 
-/* Sums [rows / ROWS, tiles, ROWS, TOKENS] to rows [first, first + count) of y [T, N]. */
+/* Sums [count / ROWS, tiles, ROWS, TOKENS] to rows [first, first + count) of y [T, N]. */
 KERNEL void store(const Weight *w, const ManyTokens *x, size_t first, size_t count, const float *sums, float *y) {
     for (size_t r = 0; r < count; r += 16) {
         const size_t here = at_most(count - r, 16);
@@ -297,36 +293,14 @@ KERNEL void store(const Weight *w, const ManyTokens *x, size_t first, size_t cou
     }
 }
 
-TARGET static void multiply_many(const Weight *w, const ManyTokens *x, size_t first, size_t last, float *y) {
-    _Alignas(64) uint8_t unpacked[PANEL_ROWS * STRIDE];
-    _Alignas(64) float sums[PANEL_ROWS * MANY_AT_ONCE];
-    const size_t count = last - first, strips = ceiling(count, ROWS), quads = w->block / 4;
-    memset(sums, 0, strips * x->tiles * ROWS * TOKENS * sizeof *sums);
-    for (size_t b = 0; b < w->blocks; b++) {
-        float row_scales[PANEL_ROWS] = {0}; /* Rows that there are not have scale 0, and are not stored. */
-        for (size_t r = 0; r < count; r++) {
-            unpack(w, w->codes + (first + r) * row_bytes(w) + b * block_bytes(w), unpacked + r * STRIDE);
-            row_scales[r] = w->scales[(first + r) * w->blocks + b];
-        }
-        for (size_t r = count; r < strips * ROWS; r++) memset(unpacked + r * STRIDE, 0, w->block);
-        for (size_t tile = 0; tile < x->tiles; tile++) {
-            const size_t at = tile * w->blocks + b;
-            ask_for_next_block(w, first + count * tile / x->tiles, first + count * (tile + 1) / x->tiles, b);
-            for (size_t strip = 0; strip < strips; strip++)
-                add_tile(unpacked + strip * ROWS * STRIDE, row_scales + strip * ROWS,
-                         (const int8_t *)x->codes + at * w->block * TOKENS, x->scales + at * TOKENS,
-                         x->corrections + at * TOKENS, quads, sums + (strip * x->tiles + tile) * ROWS * TOKENS);
-        }
-    }
-    store(w, x, first, count, sums, y);
-}
+#include "many.h"
 
 const Kernels avx512_vnni_kernels = {
     .name = "avx512-vnni",
     .is_supported = is_supported,
-    .few = 16,
+    .few = 12,
     .tile_tokens = TOKENS,
-    .tile_rows = ROWS,
+    .strip_rows = STRIP,
     .code_bytes = 1,
     .quantize = quantize,
     .multiply_few = multiply_few,

@@ -5,7 +5,7 @@
 #include <string.h>
 
 #define PIECE (64 * 1024) /* Bytes of codes that a thread takes at a time: enough to stream, few enough to share. */
-#define PANELS 16         /* At least so many, where a tile allows it. */
+#define PANELS 16         /* At least so many, where a strip allows it. */
 #define ALONE (1 << 16)   /* Numbers that are rounded in less time than it takes to wake a thread. */
 
 static const Kernels *const all_kernels[] = {
@@ -108,8 +108,8 @@ static int multiply_many(Work *work, const Pool *pool) {
     work->many = (ManyTokens){work->tokens, tiles, memory, scales, corrections};
     pool->parallel_for(pool->context, pack_tile, tiles, work);
     /* Small weights in smaller panels, so that there is work for every thread. */
-    const size_t wanted = ceiling(w->rows, PANELS * kernels->tile_rows) * kernels->tile_rows;
-    work->piece = at_most(wanted, PANEL_ROWS / kernels->tile_rows * kernels->tile_rows);
+    const size_t wanted = ceiling(w->rows, PANELS * kernels->strip_rows) * kernels->strip_rows;
+    work->piece = at_most(wanted, PANEL_ROWS / kernels->strip_rows * kernels->strip_rows);
     pool->parallel_for(pool->context, multiply_many_piece, ceiling(w->rows, work->piece), work);
     free(memory);
     return 0;

@@ -59,7 +59,7 @@ typedef struct {
     int (*is_supported)(void);
     size_t few;          /* Up to so many tokens, `multiply_few` is the faster. */
     size_t tile_tokens;  /* Tokens of a tile of ManyTokens; 0 where there is only `multiply_few`. */
-    size_t tile_rows;    /* Rows of a tile: a panel has a multiple of them. */
+    size_t strip_rows;   /* Rows that are read together: a panel has a multiple of them. */
     size_t code_bytes;   /* Of a code in ManyTokens. */
     /* x [K] → a row of FewTokens. */
     void (*quantize)(const Weight *w, const float *x, int8_t *codes, float *scales, int32_t *corrections);
@@ -71,8 +71,7 @@ typedef struct {
     void (*multiply_many)(const Weight *w, const ManyTokens *x, size_t first, size_t last, float *y);
 } Kernels;
 
-/* A panel's sums of so many tokens stay in the second-level cache, and on a thread's stack. The more rows it has, the
- * less often activations come from further away: those of 512 tokens are 8 MB where K is 16384. */
+/* A panel's sums of so many tokens stay in the second-level cache, and on a thread's stack. */
 #define PANEL_ROWS 128
 #define MANY_AT_ONCE 512
 
