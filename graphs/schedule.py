@@ -22,6 +22,7 @@ from gemma_export.graphs.passes.fold_channel_scales import fold_channel_scales
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
 from gemma_export.graphs.passes.fold_reshape import fold_reshape
 from gemma_export.graphs.passes.fuse_attention import fuse_attention
+from gemma_export.graphs.passes.fuse_functions import fuse_gated_gelu, fuse_residual_norm
 from gemma_export.graphs.passes.fuse_rms_norm import fuse_rms_norm
 from gemma_export.graphs.passes.fuse_rotary import fuse_rotary
 from gemma_export.graphs.passes.half_precision import half_precision
@@ -140,12 +141,18 @@ CANONICAL = (
 )
 """The traced graph → the canonical graph: standard operators only."""
 
-CPU = (
+FUNCTIONS = (
+    Step(fuse_gated_gelu, _once_a_layer),
+    Step(fuse_residual_norm),
+)
+"""What kernels of our own compute at once."""
+
+ONNXRUNTIME = (
     Step(lower_group_query_attention, _once_a_layer),
     Step(lower_linear, _products),
     Step(remove_dead_code),
 )
-"""The canonical graph → what onnxruntime's CPU provider runs best, in fp32."""
+"""The canonical graph → operators that onnxruntime has on a CPU and on a GPU."""
 
 
 def cpu(formats: Formats) -> Schedule:
@@ -156,7 +163,7 @@ def cpu(formats: Formats) -> Schedule:
     narrow = partial(store_half, dtype=formats.storage, keep=formats.keep)
     storage = () if formats.storage == torch.float32 else (Step(narrow),)
     if formats.quantization is None:
-        return Schedule((*CPU, *storage), spec.CPU)
+        return Schedule((*ONNXRUNTIME, *FUNCTIONS, *storage), spec.CPU)
     linears = formats.quantization.linears
     floats = sum(form == "float" for form in formats.forms.values())
     steps = (
@@ -168,6 +175,7 @@ def cpu(formats: Formats) -> Schedule:
         Step(lower_linear, lambda n: floats),
         Step(compute_rotary_tables, _two),
         Step(remove_dead_code),
+        *FUNCTIONS,
         *storage,
     )
     return Schedule(steps, spec.cpu_quantized(formats.forms))
@@ -177,7 +185,7 @@ def cuda(formats: Formats) -> Schedule:
     """The canonical graph → what onnxruntime's CUDA provider runs best: that of a CPU, in 16 bits."""
     half = partial(half_precision, dtype=formats.compute, keep=formats.keep)
     if formats.quantization is None:
-        plain = (*CPU, Step(fix_total_length, _once_a_layer), Step(half), Step(remove_dead_code))
+        plain = (*ONNXRUNTIME, Step(fix_total_length, _once_a_layer), Step(half), Step(remove_dead_code))
         return Schedule(plain, spec_cuda.CUDA)
     linears = formats.quantization.linears
     floats = sum(form == "float" for form in formats.forms.values())

@@ -214,10 +214,8 @@ def cpu_operators_are_all_there(model: ir.Model) -> str | None:
     layers = num_layers(model)
     counts = Counter(node.op_type for node in model.graph)
     wanted = {
-        "RMSNormalization": num_norms(model),
         "GroupQueryAttention": layers,
         "FusedMatMul": 4 * layers + 1,
-        "Gelu": layers,
         "Attention": 0,
         "MatMul": 0,
         "Transpose": 0,
@@ -225,15 +223,34 @@ def cpu_operators_are_all_there(model: ir.Model) -> str | None:
     return differences(counts, wanted)
 
 
+def norms_and_activations_are_all_there(model: ir.Model) -> str | None:
+    """Each norm; each layer: one activation."""
+    counts = Counter(node.op_type for node in model.graph)
+    return differences(counts, {"RMSNormalization": num_norms(model), "Gelu": num_layers(model)})
+
+
+def norms_and_activations_are_fused(model: ir.Model) -> str | None:
+    """As functions that are defined: each layer's activation, and each norm of a sum."""
+    counts = Counter(node.op_type for node in model.graph)
+    wanted = {"GatedGelu": num_layers(model), "Gelu": 0, "Split": 0, "norms": num_norms(model)}
+    counts["norms"] = counts["RMSNormalization"] + counts["ResidualNorm"]
+    for node in model.graph:
+        normed = node.inputs[0] if node.op_type == "RMSNormalization" else None
+        maker = None if normed is None else normed.producer()
+        if maker is not None and maker.op_type == "Add":
+            return f"{node.name} is of a sum"
+        if node.domain and node.domain != MICROSOFT and node.op_identifier() not in model.functions:
+            return f"nothing defines {node.op_type}, as {node.name} is"
+    return differences(counts, wanted)
+
+
 def quantized_operators_are_all_there(model: ir.Model) -> str | None:
-    """Each layer: one fused attention, four products of any form; one head; rounded tokens for integers."""
+    """As in fp32 but for the products, which are of any form; tokens are rounded for those of integers."""
     layers = num_layers(model)
     counts = Counter(node.op_type for node in model.graph)
     wanted = {
-        "RMSNormalization": num_norms(model),
         "GroupQueryAttention": layers,
         "QuantizeLinear": counts["MatMulInteger"],
-        "Gelu": layers,
         "Attention": 0,
         "MatMul": 0,
         "Transpose": 0,
@@ -383,30 +400,28 @@ CANONICAL = Spec(
         attention_masks_are_explicit,
     ),
 )
-CPU = Spec(
-    "onnxruntime CPU",
-    (
-        inputs_and_outputs_follow_the_contract,
-        every_initializer_has_a_value,
-        no_initializer_is_unused,
-        caches_are_written_straight,
-        embedding_is_stored_once,
-        cpu_operators_are_all_there,
-    ),
+FLOATS = (
+    inputs_and_outputs_follow_the_contract,
+    every_initializer_has_a_value,
+    no_initializer_is_unused,
+    caches_are_written_straight,
+    embedding_is_stored_once,
+    cpu_operators_are_all_there,
 )
-CPU_QUANTIZED = Spec(
-    "quantized CPU",
-    (
-        inputs_and_outputs_follow_the_contract,
-        every_initializer_has_a_value,
-        no_initializer_is_unused,
-        caches_are_written_straight,
-        quantized_table_is_stored_once,
-        no_weight_is_stored_twice,
-        codes_are_read_as_codes,
-        quantized_operators_are_all_there,
-    ),
+"""Of a graph for onnxruntime's own operators, whatever runs them."""
+CODES = (
+    inputs_and_outputs_follow_the_contract,
+    every_initializer_has_a_value,
+    no_initializer_is_unused,
+    caches_are_written_straight,
+    quantized_table_is_stored_once,
+    no_weight_is_stored_twice,
+    codes_are_read_as_codes,
+    quantized_operators_are_all_there,
 )
+"""The same where it is quantized."""
+CPU = Spec("onnxruntime CPU", (*FLOATS, norms_and_activations_are_fused))
+CPU_QUANTIZED = Spec("quantized CPU", (*CODES, norms_and_activations_are_fused))
 
 
 def cpu_quantized(forms: Mapping[str, Form]) -> Spec:

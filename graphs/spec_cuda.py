@@ -55,10 +55,10 @@ def every_operator_has_a_cuda_kernel(model: ir.Model) -> str | None:
     return None
 
 
-CUDA = spec.Spec("onnxruntime CUDA", (*spec.CPU.rules, every_operator_has_a_cuda_kernel))
+_OPERATORS = (spec.norms_and_activations_are_all_there, every_operator_has_a_cuda_kernel)
+CUDA = spec.Spec("onnxruntime CUDA", (*spec.FLOATS, *_OPERATORS))
 
 
 def cuda_quantized(forms: Mapping[str, Form]) -> spec.Spec:
     """The rules of a quantized CUDA graph, and that its products have the forms chosen for them, by name."""
-    rules = (*spec.cpu_quantized(forms).rules, every_operator_has_a_cuda_kernel)
-    return spec.Spec("quantized CUDA", rules)
+    return spec.Spec("quantized CUDA", (*spec.CODES, spec.forms_are_those_chosen(forms), *_OPERATORS))

@@ -8,28 +8,12 @@ KERNEL Vector SUFFIX(fold)(Vector a, Vector b) {
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* eˣ of numbers up to 0 to some 2e-7 of it; 0 where x is below -87. Polynomial: Cephes, expf. */
-KERNEL Vector SUFFIX(exponential)(Vector x) {
-    const Integers tiny = x < -87.0f;
-    const Vector shifted = x * 1.44269504f + 12582912.0f; /* Its lowest digits: x / ln 2, rounded. */
-    const Vector rounded = shifted - 12582912.0f;
-    const Vector r = x - rounded * 0.693359375f + rounded * 2.12194440e-4f;
-    Vector p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-    p = p * r + 8.3334519073e-3f;
-    p = p * r + 4.1665795894e-2f;
-    p = p * r + 1.6666665459e-1f;
-    p = p * r + 5.0000001201e-1f;
-    p = p * r * r + r + 1.0f;
-    const Integers power = ((Integers)shifted - 0x4b400000) << 23;
-    return (Vector)(((Integers)p + power) & ~tiny);
-}
-
 /* scores [slots, QUERIES] of two slots at a time. */
 KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float *keys, const float *values, size_t first,
                           size_t last, float *scores) {
     for (size_t s = first; s < last; s += 2, scores += 2 * QUERIES) {
         const float *key = keys + s * a->head, *next = s + 1 < last ? key + a->head : key;
-        for (size_t d = 0; d < a->head; d += ATTENTION_LANES) /* Values are read next. */
+        for (size_t d = 0; d < a->head; d += LANES) /* Values are read next. */
             __builtin_prefetch(values + s * a->head + d), __builtin_prefetch(values + s * a->head + a->head + d);
         Vector sums[2 * QUERIES];
         UNROLLED
@@ -45,7 +29,7 @@ KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float 
                 KEPT_IN_REGISTER(sums[q]);
                 KEPT_IN_REGISTER(sums[QUERIES + q]);
             }
-            d += ATTENTION_LANES;
+            d += LANES;
         } while (d < a->head);
         UNROLLED
         for (int width = 2 * QUERIES / 2; width > 0; width /= 2)
@@ -62,12 +46,12 @@ KERNEL void SUFFIX(mix_columns)(const int vectors, const Attention *a, const flo
     UNROLLED
     for (int v = 0; v < vectors; v++)
         UNROLLED
-        for (int q = 0; q < QUERIES; q++) sums[v][q] = LOAD(&out->values[q][d + v * ATTENTION_LANES]);
+        for (int q = 0; q < QUERIES; q++) sums[v][q] = LOAD(&out->values[q][d + v * LANES]);
     size_t s = start;
     do {
         Vector value[2];
         UNROLLED
-        for (int v = 0; v < vectors; v++) value[v] = LOAD(values + s * a->head + d + v * ATTENTION_LANES);
+        for (int v = 0; v < vectors; v++) value[v] = LOAD(values + s * a->head + d + v * LANES);
         UNROLLED
         for (int q = 0; q < QUERIES; q++) {
             const Vector weight = BROADCAST(weights[s * QUERIES + q]);
@@ -81,7 +65,7 @@ KERNEL void SUFFIX(mix_columns)(const int vectors, const Attention *a, const flo
     UNROLLED
     for (int v = 0; v < vectors; v++)
         UNROLLED
-        for (int q = 0; q < QUERIES; q++) STORE(&out->values[q][d + v * ATTENTION_LANES], sums[v][q]);
+        for (int q = 0; q < QUERIES; q++) STORE(&out->values[q][d + v * LANES], sums[v][q]);
 }
 
 /* The same of all columns, as many slots at a time as a core's cache holds. */
@@ -89,7 +73,7 @@ KERNEL void SUFFIX(mix)(const Attention *a, const float *weights, const float *v
     for (size_t start = 0; start < slots; start += 32) {
         const size_t end = start + 32 < slots ? start + 32 : slots;
         size_t d = 0;
-        for (; d + 2 * ATTENTION_LANES <= a->head; d += 2 * ATTENTION_LANES)
+        for (; d + 2 * LANES <= a->head; d += 2 * LANES)
             SUFFIX(mix_columns)(2, a, weights, values, start, end, d, out);
         if (d < a->head) SUFFIX(mix_columns)(1, a, weights, values, start, end, d, out);
     }
@@ -123,7 +107,7 @@ TARGET static void SUFFIX(attend)(const Attention *a, const float *queries, cons
         shift[q] = shift[q + QUERIES] = found > -INFINITY ? found : 0.0f;
     }
     for (size_t s = 0; s < slots; s += 2) {
-        const Vector weights = SUFFIX(exponential)(LOAD(scores + s * QUERIES) - shift);
+        const Vector weights = exponential(LOAD(scores + s * QUERIES) - shift);
         STORE(scores + s * QUERIES, weights);
         total += weights;
     }

@@ -5,12 +5,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "vectors.h"
+
 #define UNROLLED _Pragma("GCC unroll 16")
-#define LOAD(address) (*(const Unaligned *)(address))
-#define STORE(address, vector) (*(Unaligned *)(address) = (vector))
-typedef float Vector __attribute__((vector_size(4 * ATTENTION_LANES), may_alias));
-typedef int32_t Integers __attribute__((vector_size(4 * ATTENTION_LANES), may_alias));
-typedef float Unaligned __attribute__((vector_size(4 * ATTENTION_LANES), aligned(4), may_alias));
 
 static int always(void) { return 1; }
 #define TARGET

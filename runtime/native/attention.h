@@ -14,7 +14,6 @@
 
 #include "pool.h"
 
-#define ATTENTION_LANES 16
 #define LARGEST_HEAD 256
 #define SEGMENT 256
 #define QUERIES 8 /* That share a read of a key. */

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "attention.h"
+#include "vectors.h"
 
 typedef struct {
     const AttentionKernels *kernels;
@@ -87,7 +88,7 @@ static OrtStatus *compute(void *data, OrtKernelContext *context) {
     if (memcmp(cache, values, sizeof cache) || cache[0] != qkv[0] || (size_t)cache[1] != a.key_heads ||
         (size_t)qkv[2] != (a.query_heads + 2 * a.key_heads) * a.head || (size_t)table[1] * 2 != a.head)
         return refuse(api, "GroupQueryAttention: the shapes do not fit each other.");
-    if (a.head % ATTENTION_LANES || a.head > LARGEST_HEAD)
+    if (a.head % LANES || a.head > LARGEST_HEAD)
         return refuse(api, "GroupQueryAttention: a head has 16, 32, ... 256 numbers here.");
     a.qkv = contents[QKV], a.past_keys = contents[PAST_KEYS], a.past_values = contents[PAST_VALUES];
     a.last = contents[LAST], a.cosines = contents[COSINES], a.sines = contents[SINES];

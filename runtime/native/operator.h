@@ -1,5 +1,5 @@
 /* What the custom operators share: onnxruntime takes one that has a built-in operator's name and domain in the
- * built-in's place. */
+ * built-in's place, and one that a graph defines as a function in the place of what the function is made of. */
 #ifndef GEMMA_EXPORT_OPERATOR_H
 #define GEMMA_EXPORT_OPERATOR_H
 
@@ -66,6 +66,6 @@ static inline int get_last_version(const OrtCustomOp *op) { return (void)op, INT
     .GetVariadicInputHomogeneity = get_one, .GetVariadicOutputMinArity = get_one,                                  \
     .GetVariadicOutputHomogeneity = get_one, .GetStartVersion = get_one, .GetEndVersion = get_last_version
 
-extern const OrtCustomOp matmul_nbits, group_query_attention;
+extern const OrtCustomOp matmul_nbits, group_query_attention, gated_gelu_operator, residual_norm_operator;
 
 #endif

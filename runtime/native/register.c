@@ -9,16 +9,18 @@ const OrtApi *_Atomic interface;
 
 /* A domain with some of the operators. It is made once and lasts as long as the library, since sessions point to it. */
 typedef struct {
+    const char *name;
     const OrtCustomOp *operators[2];
     OrtCustomOpDomain *_Atomic made;
 } Domain;
 
-static Domain products = {{&matmul_nbits}, NULL};
-static Domain products_and_attention = {{&matmul_nbits, &group_query_attention}, NULL};
+static Domain products = {"com.microsoft", {&matmul_nbits}, NULL};
+static Domain products_and_attention = {"com.microsoft", {&matmul_nbits, &group_query_attention}, NULL};
+static Domain functions = {"gemma_export", {&gated_gelu_operator, &residual_norm_operator}, NULL};
 
 static OrtStatus *make(const OrtApi *api, Domain *domain) {
     OrtCustomOpDomain *made, *none = NULL;
-    CHECK(api->CreateCustomOpDomain("com.microsoft", &made));
+    CHECK(api->CreateCustomOpDomain(domain->name, &made));
     for (size_t i = 0; i < 2 && domain->operators[i]; i++) {
         OrtStatus *status = api->CustomOpDomain_Add(made, domain->operators[i]);
         if (status) {
@@ -31,6 +33,11 @@ static OrtStatus *make(const OrtApi *api, Domain *domain) {
     return NULL;
 }
 
+static OrtStatus *add(const OrtApi *api, OrtSessionOptions *options, Domain *domain) {
+    if (!domain->made) CHECK(make(api, domain));
+    return api->AddCustomOpDomain(options, domain->made);
+}
+
 /* What onnxruntime calls when a session is to use this library. A session may have one domain of a name, and what of it
  * is wanted stands in the session's configuration: attention is for a cache of fp32 numbers. */
 EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase *base) {
@@ -39,9 +46,8 @@ EXPORT OrtStatus *RegisterCustomOps(OrtSessionOptions *options, const OrtApiBase
     interface = api;
     int with_attention = 0;
     CHECK(api->HasSessionConfigEntry(options, "gemma_export.attention", &with_attention));
-    Domain *domain = with_attention && chosen_attention() ? &products_and_attention : &products;
-    if (!domain->made) CHECK(make(api, domain));
-    return api->AddCustomOpDomain(options, domain->made);
+    CHECK(add(api, options, with_attention && chosen_attention() ? &products_and_attention : &products));
+    return add(api, options, &functions);
 }
 
 /* The name of the kernels that would run; NULL where onnxruntime's own do. */

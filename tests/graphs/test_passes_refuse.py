@@ -16,6 +16,7 @@ from gemma_export.graphs import schedule
 from gemma_export.graphs.passes.fold_norm_gain import fold_norm_gain
 from gemma_export.graphs.passes.fold_reshape import fold_reshape
 from gemma_export.graphs.passes.fuse_attention import fuse_attention
+from gemma_export.graphs.passes.fuse_functions import fuse_gated_gelu, fuse_residual_norm
 from gemma_export.graphs.passes.fuse_rms_norm import fuse_rms_norm
 from gemma_export.graphs.passes.fuse_rotary import fuse_rotary
 from gemma_export.graphs.passes.lower_group_query_attention import lower_group_query_attention
@@ -26,7 +27,7 @@ from gemma_export.graphs.passes.scatter_cache import scatter_cache
 from gemma_export.graphs.passes.share_embedding import share_embedding
 from gemma_export.graphs.tensors import Cast, InMemory, StreamedTensor, streamed
 
-STEPS = (*schedule.CANONICAL, *schedule.CPU)
+STEPS = (*schedule.CANONICAL, *schedule.ONNXRUNTIME, *schedule.FUNCTIONS)
 Spoil = Callable[[ir.Graph], None]
 
 
@@ -225,6 +226,30 @@ def a_computed_weight(graph: ir.Graph) -> None:
     transpose.replace_input_with(0, copy.outputs[0])
 
 
+# fuse_gated_gelu: (1) another Gelu, halves of another axis, a half with another reader.
+def an_exact_activation(graph: ir.Graph) -> None:
+    first(graph, "Gelu").attributes["approximate"] = ir.AttrString("approximate", "none")
+
+
+def an_activation_of_the_other_half(graph: ir.Graph) -> None:
+    first(graph, "Gelu").replace_input_with(0, first(graph, "Split").outputs[1])
+
+
+def a_gate_with_another_reader(graph: ir.Graph) -> None:
+    product = producer(first(graph, "Gelu").outputs[0].uses()[0].node.outputs[0])
+    product.replace_input_with(1, first(graph, "Split").outputs[0])
+
+
+# fuse_residual_norm: (2) no sum, or one of unequal shapes.
+def a_norm_of_a_difference(graph: ir.Graph) -> None:
+    producer(first(graph, "RMSNormalization", 1).inputs[0]).op_type = "Sub"
+
+
+def a_sum_with_a_vector(graph: ir.Graph) -> None:
+    add = producer(first(graph, "RMSNormalization", 1).inputs[0])
+    add.replace_input_with(1, constant(graph, [0.5]))
+
+
 # fold_reshape: an element of the shape is another axis' size.
 def axes_swapped(graph: ir.Graph) -> None:
     reshape = first(graph, "Reshape")
@@ -270,6 +295,11 @@ CASES: list[tuple[Callable[[ir.Model], int], Spoil, int, bool]] = [
     (lower_group_query_attention, values_of_the_keys, 1, True),
     (lower_linear, a_computed_weight, 1, True),
     (fold_reshape, axes_swapped, 1, False),
+    (fuse_gated_gelu, an_exact_activation, 1, True),
+    (fuse_gated_gelu, an_activation_of_the_other_half, 1, True),
+    (fuse_gated_gelu, a_gate_with_another_reader, 1, True),
+    (fuse_residual_norm, a_norm_of_a_difference, 1, True),
+    (fuse_residual_norm, a_sum_with_a_vector, 1, True),
 ]
 
 

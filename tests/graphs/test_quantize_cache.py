@@ -49,7 +49,7 @@ def coarse(heads: int) -> list[CacheScales]:
 
 def lowered(raw_graph: MakeGraph, heads: int) -> ir.Model:
     model = canonical(raw_graph, heads)
-    schedule.run(model, schedule.CPU)
+    schedule.run(model, (*schedule.ONNXRUNTIME, *schedule.FUNCTIONS))
     return model
 
 

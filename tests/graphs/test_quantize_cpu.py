@@ -76,6 +76,8 @@ def test_each_pass_reports_what_it_did(raw_graph: MakeGraph, how: LinearQuantiza
         "quantize_linear": 3 * LAYERS,
         "quantize_embedding": 1,
         "lower_linear": LAYERS,
+        "fuse_gated_gelu": LAYERS,
+        "fuse_residual_norm": 2 * LAYERS,
         "compute_rotary_tables": 2,
         "store_half": LAYERS,
     }

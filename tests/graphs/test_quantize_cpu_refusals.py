@@ -184,6 +184,20 @@ def narrow_the_scales(graph: ir.Graph) -> None:
     product.replace_input_with(2, cast.inputs[0])
 
 
+def forget_a_function(graph: ir.Graph) -> None:
+    next(node for node in graph if node.op_type == "GatedGelu").domain = "elsewhere"
+
+
+def norm_a_sum_for_itself(graph: ir.Graph) -> None:
+    call = next(node for node in graph if node.op_type == "ResidualNorm")
+    add = ir.node("Add", call.inputs[:2])
+    norm = ir.node("RMSNormalization", [add.outputs[0], call.inputs[2]], name="alone")
+    graph.insert_before(call, [add, norm])
+    call.outputs[1].replace_all_uses_with(norm.outputs[0])
+    call.outputs[0].replace_all_uses_with(add.outputs[0])
+    graph.remove(call)
+
+
 @pytest.mark.parametrize(
     ("spoil", "rule"),
     [
@@ -194,6 +208,8 @@ def narrow_the_scales(graph: ir.Graph) -> None:
         (pack_the_table_for_the_head, spec.no_weight_is_stored_twice),
         (look_up_other_scales, spec.quantized_table_is_stored_once),
         (look_up_a_second_table, spec.quantized_table_is_stored_once),
+        (forget_a_function, spec.norms_and_activations_are_fused),
+        (norm_a_sum_for_itself, spec.norms_and_activations_are_fused),
         (compute_the_codes, spec.codes_are_read_as_codes),
         (narrow_the_scales, spec.codes_are_read_as_codes),
         (store_wide_scales, spec.codes_are_read_as_codes),

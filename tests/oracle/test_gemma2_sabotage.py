@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.inliner
 import pytest
 
 from gemma_export.exporter.bundle import describe_files, write_manifest
@@ -123,7 +124,9 @@ def the_scale_of_head_dim(graph: Graph) -> None:
 
 def no_norm(which: str) -> Callable[[Graph], None]:
     def without(graph: Graph) -> None:
-        (norm,) = [node for node in of_type(graph, "RMSNormalization") if node.name == f"layers.1.{which}"]
+        (norm,) = [
+            node for node in of_type(graph, "RMSNormalization") if node.output[0] == f"layers.1.{which}"
+        ]
         pass_on(norm)
 
     without.__name__ = f"no_{which}"
@@ -154,7 +157,7 @@ def copy(request: pytest.FixtureRequest, build_once: BuildOnce, tmp_path: Path) 
 
 def measure_with(bundle: Path, changed: Callable[[Graph], None]) -> ParityReport:
     """Changes the graph, gives the bundle a manifest that fits it, and holds it against its checkpoint."""
-    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    model = onnx.inliner.inline_local_functions(onnx.load(bundle / "model.onnx", load_external_data=False))
     changed(model.graph)
     onnx.save(model, bundle / "model.onnx")
     manifest = Manifest.from_json((bundle / "manifest.json").read_text())

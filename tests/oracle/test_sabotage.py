@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnx.inliner
 import onnx_ir as ir
 import pytest
 
@@ -132,7 +133,7 @@ def test_wrong_weights_are_refused(spoil: Callable[[Weights], None], reason: str
 
 
 def change_graph(bundle: Path, change: Callable[[Graph], None]) -> None:
-    model = onnx.load(bundle / "model.onnx", load_external_data=False)
+    model = onnx.inliner.inline_local_functions(onnx.load(bundle / "model.onnx", load_external_data=False))
     change(model.graph)
     onnx.save(model, bundle / "model.onnx")
 
