@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from support.oracle import (
     RELATIVE_ERROR,
     assert_greedy,
+    load_oracle,
     oracle_greedy,
     oracle_logits,
     random_tokens,
@@ -18,6 +19,8 @@ from support.oracle import (
     run_in_steps,
 )
 
+from gemma_export.calibration.passages import DIALOGUE, GERMAN, NUMBERS, PROSE
+from gemma_export.exporter.config import tiny_folder
 from gemma_export.exporter.events import ignore
 from gemma_export.exporter.parity.measure import measure_bundle
 from gemma_export.exporter.pipeline import BuildResult, build
@@ -134,6 +137,20 @@ def test_scores_that_leave_fp16_are_no_reason_to_keep_attention_in_fp32(
     assert built.manifest.graph.passes["decompose_attention"] == 2
     assert built.report is not None
     assert np.isfinite(built.report.figures.max_relative_error)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_trained_model_reads_what_transformers_reads(target: str, build_once: BuildOnce) -> None:
+    """All of its 512 positions, in steps that end around its window of 64 too."""
+    session = load(build_once(size="tiny2", target=target, logits="all").path, threads=1)
+    oracle = load_oracle(tiny_folder("tiny2"))
+    tokens = session.tokenizer.encode(f"{PROSE}\n{DIALOGUE}\n{NUMBERS}\n{GERMAN}")[: session.max_length]
+    assert len(tokens) == 512
+    sizes = (WINDOW - 1, 1, 1, 1, 1, 128, 7, *(1,) * 60, 250)
+    expected = oracle_logits(oracle, tokens)
+    assert relative_error(expected, run_in_steps(session, tokens, sizes)) < RELATIVE_ERROR
+    answer = session.generate_tokens(tokens[:100], max_new_tokens=60, stop_tokens=())
+    assert oracle_greedy(oracle, tokens[:100], 60) == answer
 
 
 def test_transformers_agrees_with_the_gate(build_once: BuildOnce, checkpoint_of: Checkpoint) -> None:
