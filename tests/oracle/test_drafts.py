@@ -9,6 +9,7 @@ import pytest
 
 from gemma_export.exporter.calibration_request import CalibrationRequest
 from gemma_export.exporter.pipeline import BuildResult
+from gemma_export.runtime.native import kernels
 from gemma_export.runtime.session import Session, load
 
 BUILDS: dict[str, dict[str, Any]] = {
@@ -67,6 +68,30 @@ def test_drafts_change_no_token(built: tuple[Session, float]) -> None:
             assert abs(one - other) < tie
             assert min(one, other) > np.sort(logits)[-3:].min() - tie
     assert accepted > 100
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    kernels() != "avx512-vnni", reason="other kernels' sums depend on how many tokens come at once"
+)
+@pytest.mark.parametrize("name", ["int8 in blocks", "int4"])
+def test_with_our_kernels_drafts_change_no_bit(name: str, build_once: Callable[..., BuildResult]) -> None:
+    session = load(build_once(size="tiny", max_length=256, **BUILDS[name]).path, threads=1)
+    tokens = session.tokenizer.encode("".join(PROMPTS))[:80]
+    one_by_one = session.new_cache()
+    expected = [session.step([[token]], one_by_one)[0, -1] for token in tokens]
+    for size in (2, 5, 13, 33):
+        cache = session.new_cache()
+        for start in range(0, len(tokens), size):
+            step = tokens[start : start + size]
+            logits = session.step([step], cache)[0, -1]
+            np.testing.assert_array_equal(
+                logits, expected[start + len(step) - 1], err_msg=f"{size} at {start}"
+            )
+    for prompt in PROMPTS:
+        options: dict[str, Any] = {"max_new_tokens": 120, "stop_tokens": ()}
+        plain = session.generate(prompt, **options)
+        assert session.generate(prompt, draft_tokens=7, **options).tokens == plain.tokens
 
 
 @pytest.mark.slow
