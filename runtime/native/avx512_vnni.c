@@ -113,10 +113,26 @@ KERNEL void row_of_chunks(const int bits, const int tokens, const Weight *w, con
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
+/* `add_block` of at most eight blocks. */
+KERNEL float add_small_blocks(float sum, __m256i dots, size_t count, const Weight *w, const FewTokens *x,
+                              const float *scales, size_t token, size_t block) {
+    const size_t at = token * w->blocks + block;
+    const __mmask8 keep = (__mmask8)(0xff >> (8 - count));
+    const __m256i corrections = _mm256_maskz_loadu_epi32(keep, x->corrections + at);
+    const __m256 both = _mm256_mul_ps(_mm256_maskz_loadu_ps(keep, scales + block),
+                                      _mm256_maskz_loadu_ps(keep, x->scales + at));
+    _Alignas(32) float numbers[8], factors[8];
+    _mm256_store_ps(numbers, _mm256_cvtepi32_ps(_mm256_add_epi32(dots, corrections)));
+    _mm256_store_ps(factors, both);
+    for (size_t i = 0; i < count; i++) sum = __builtin_fmaf(numbers[i], factors[i], sum);
+    return sum;
+}
+
 /* The same where a chunk has several blocks. */
 KERNEL void row_of_small_blocks(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n,
                                 size_t token, float *y) {
     const size_t bytes = row_bytes(w), lanes = block_bytes(w) / 4, step = bits == 4 ? 2 * CHUNK : CHUNK;
+    const __mmask16 firsts = lanes == 2 ? 0x5555 : lanes == 4 ? 0x1111 : 0x0101; /* The first lane of each block. */
     const uint8_t *codes = w->codes + n * bytes;
     const float *scales = w->scales + n * w->blocks;
     const int8_t *activations = x->codes + token * x->stride;
@@ -134,10 +150,8 @@ KERNEL void row_of_small_blocks(const int bits, const int tokens, const Weight *
             __m512i dots = _mm512_add_epi32(parts[t], _mm512_shuffle_epi32(parts[t], 0xb1));
             if (lanes > 2) dots = _mm512_add_epi32(dots, _mm512_shuffle_epi32(dots, 0x4e));
             if (lanes > 4) dots = _mm512_add_epi32(dots, _mm512_shuffle_i32x4(dots, dots, 0xb1));
-            _Alignas(64) int32_t lane[16];
-            _mm512_store_si512(lane, dots);
-            for (size_t i = 0; 4 * i < here; i += lanes)
-                sums[t] = add_block(sums[t], lane[i], w, x, scales, token + t, b + i / lanes);
+            const __m256i each = _mm512_castsi512_si256(_mm512_maskz_compress_epi32(firsts, dots));
+            sums[t] = add_small_blocks(sums[t], each, here / (4 * lanes), w, x, scales, token + t, b);
         }
         b += here / (4 * lanes);
     }
