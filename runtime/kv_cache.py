@@ -3,6 +3,7 @@
 Symbols in shape comments: B rows, K key-value heads, S slots of a layer, h head_dim, T new tokens.
 """
 
+import mmap
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -23,7 +24,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
 }
 """The numpy dtype that holds each dtype a cache may have."""
 
-_ALIGNMENT = 64  # bytes: a cache line, and the widest vector load
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 
 class LayerScales(Protocol):
@@ -131,8 +132,8 @@ class KVCache:
             ValueError: `dtype` and `scales` do not fit, as in the constructor.
         """
         shapes = [(batch, kv_heads, slots, head_dim) for slots in layer_slots(layers, max_length, rolling)]
-        keys = [_aligned_zeros(shape, STORAGE[dtype]) for shape in shapes]
-        values = [_aligned_zeros(shape, STORAGE[dtype]) for shape in shapes]
+        keys = [_untouched_zeros(shape, STORAGE[dtype]) for shape in shapes]
+        values = [_untouched_zeros(shape, STORAGE[dtype]) for shape in shapes]
         lengths = np.zeros(batch, np.int64)
         return cls(keys, values, dtype, lengths, scales, max_length=max_length, rolling=rolling)
 
@@ -305,8 +306,17 @@ def check_room(max_length: int, held: int, new_tokens: int) -> None:
         )
 
 
-def _aligned_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+def _untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Zeros in pages of their own, each of which takes memory when it is first written.
+
+    numpy's may come from memory that an earlier cache left, which is then written with zeros from end to end.
+
+    Raises:
+        MemoryError: The system gives no such memory.
+    """
     size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
-    return raw[start : start + size].view(dtype).reshape(shape)
+    try:
+        pages = mmap.mmap(-1, size, **_PRIVATE)
+    except OSError as error:
+        raise MemoryError(f"a cache needs {size:,} bytes more") from error
+    return np.frombuffer(pages, dtype).reshape(shape)

@@ -1,8 +1,10 @@
+import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from support.memory import anonymous, needs_linux
 from support.small_bundle import bfloat16_to_float32
 
 from gemma_export.errors import ContextFullError
@@ -11,6 +13,24 @@ from gemma_export.runtime.kv_cache import KVCache
 
 def make(batch: int = 1, dtype: str = "float32") -> KVCache:
     return KVCache.allocate(layers=2, batch=batch, kv_heads=2, max_length=8, head_dim=4, dtype=dtype)
+
+
+@needs_linux
+def test_memory_is_taken_when_it_is_written() -> None:
+    """After another cache has been let go of, too: what malloc gives again is zeroed from end to end."""
+    lasting = []  # What lies behind a cache, so that its memory is not given back to the system.
+    for _ in range(3):
+        before = anonymous()
+        cache = KVCache.allocate(
+            layers=4, batch=1, kv_heads=1, max_length=8192, head_dim=256, dtype="float32"
+        )
+        assert anonymous() - before < cache.key_buffers[0].nbytes // 4
+        for buffer in (*cache.key_buffers, *cache.value_buffers):
+            buffer.fill(1)
+        lasting.append(np.ones(2**17))
+        assert anonymous() - before > 7 * buffer.nbytes
+        del cache, buffer
+        gc.collect()
 
 
 def test_begins_empty_and_aligned() -> None:

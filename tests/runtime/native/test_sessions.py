@@ -8,6 +8,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from support.matmul_nbits import BUILT_IN, Floats, Product, available, running, session
+from support.memory import anonymous, needs_linux
 
 from gemma_export.exporter.pipeline import build
 from gemma_export.exporter.request import BuildRequest
@@ -41,7 +42,7 @@ def quantized_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.Te
 
 
 @compiled
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux says what memory is a file's")
+@needs_linux
 def test_weights_are_not_copied(tmp_path: Path) -> None:
     # So large that malloc never answers with memory that was freed before.
     product = Product(rows=32768, blocks=8, block=256, bits=8)
@@ -57,13 +58,6 @@ def test_weights_are_not_copied(tmp_path: Path) -> None:
     before = anonymous()
     copy = product.codes.copy()
     assert anonymous() - before > copy.nbytes // 2, "A copy would not be seen."
-
-
-def anonymous() -> int:
-    """Bytes of this process's memory that are no file's."""
-    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
-    (line,) = [line for line in lines if line.startswith("RssAnon")]
-    return int(line.split()[1]) * 1024
 
 
 @compiled
