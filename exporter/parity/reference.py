@@ -196,13 +196,13 @@ class Reference:
                 after_layer(i)
         norm = empty_module(lambda: RMSNorm(self.config.hidden_size, self.config.rms_norm_eps))
         self.load(norm, "norm")
-        normed = [norm(x) for x in hidden]
-        if observe is not None:
-            for x in normed:
-                observe("norm", _array(x))
+        for i, x in enumerate(hidden):  # Each in the place of what it is of: there is one copy of them all.
+            hidden[i] = norm(x)
+            if observe is not None:
+                observe("norm", _array(hidden[i]))
         lengths = tuple(len(sequence) for sequence in sequences)
         head, cap = self._weights["embed_tokens.weight"], self.config.final_softcap
-        return ReferenceRun(lengths, normed, head, cache, cap, observe)
+        return ReferenceRun(lengths, hidden, head, cache, cap, observe)
 
     def embed(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """Scaled embeddings of each sequence [T, d], reading only the blocks of rows that are used."""
