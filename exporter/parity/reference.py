@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from gemma_export.exporter.checkpoints.checkpoint import LazyTensor
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import DecoderLayer, RMSNorm, causal_mask, rotary_tables, soft_cap
+from gemma_export.exporter.memory import give_back_large_blocks
 from gemma_export.exporter.parity.observation import Observe, watch
 
 Array = npt.NDArray[np.float32]
@@ -172,6 +173,7 @@ class Reference:
         Raises:
             ValueError: A sequence is empty or has a token outside the vocabulary.
         """
+        give_back_large_blocks()
         check_sequences(sequences, self.config.vocab_size)
         kept = kept_positions(sequences, keep_cache)
         hidden = self.embed(sequences)
