@@ -1,4 +1,3 @@
-import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,7 +29,6 @@ def test_memory_is_taken_when_it_is_written() -> None:
         lasting.append(np.ones(2**17))
         assert anonymous() - before > 7 * buffer.nbytes
         del cache, buffer
-        gc.collect()
 
 
 def test_begins_empty_and_aligned() -> None:
