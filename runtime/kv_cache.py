@@ -24,6 +24,7 @@ STORAGE: dict[str, np.dtype[Any]] = {
 }
 """The numpy dtype that holds each dtype a cache may have."""
 
+# Not shared with a process that is forked, as anonymous pages otherwise are.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 
 

@@ -46,12 +46,8 @@ static size_t get_count(const OrtCustomOp *op) { return (void)op, 1; }
 
 const OrtCustomOp gated_gelu_operator = {
     SHARED_BY_OPERATORS,
-    .GetName = get_name,
     .GetInputType = get_float,
     .GetInputTypeCount = get_count,
     .GetInputCharacteristic = get_required,
     .GetOutputTypeCount = get_count,
-    .CreateKernelV2 = create_kernel,
-    .KernelComputeV2 = compute,
-    .KernelDestroy = destroy_kernel,
 };

@@ -59,12 +59,14 @@ static inline int get_memory(const OrtCustomOp *op, size_t i) { return (void)op,
 static inline int get_one(const OrtCustomOp *op) { return (void)op, 1; }
 static inline int get_last_version(const OrtCustomOp *op) { return (void)op, INT32_MAX; }
 
-/* What every operator here says of itself. */
-#define SHARED_BY_OPERATORS                                                                                       \
-    .version = ORT_INTERFACE_VERSION, .GetExecutionProviderType = get_provider, .GetOutputType = get_float,        \
-    .GetOutputCharacteristic = get_required, .GetInputMemoryType = get_memory, .GetVariadicInputMinArity = get_one, \
-    .GetVariadicInputHomogeneity = get_one, .GetVariadicOutputMinArity = get_one,                                  \
-    .GetVariadicOutputHomogeneity = get_one, .GetStartVersion = get_one, .GetEndVersion = get_last_version
+/* What every operator here says of itself; its file defines the functions that are named here. */
+#define SHARED_BY_OPERATORS                                                                                        \
+    .version = ORT_INTERFACE_VERSION, .GetName = get_name, .CreateKernelV2 = create_kernel,                        \
+    .KernelComputeV2 = compute, .KernelDestroy = destroy_kernel, .GetExecutionProviderType = get_provider,         \
+    .GetOutputType = get_float, .GetOutputCharacteristic = get_required, .GetInputMemoryType = get_memory,         \
+    .GetVariadicInputMinArity = get_one, .GetVariadicInputHomogeneity = get_one,                                   \
+    .GetVariadicOutputMinArity = get_one, .GetVariadicOutputHomogeneity = get_one, .GetStartVersion = get_one,     \
+    .GetEndVersion = get_last_version
 
 extern const OrtCustomOp matmul_nbits, group_query_attention, gated_gelu_operator, residual_norm_operator;
 

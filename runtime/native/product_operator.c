@@ -94,12 +94,8 @@ static size_t get_output_count(const OrtCustomOp *op) { return (void)op, 1; }
 
 const OrtCustomOp matmul_nbits = {
     SHARED_BY_OPERATORS,
-    .GetName = get_name,
     .GetInputType = get_input_type,
     .GetInputTypeCount = get_input_count,
     .GetInputCharacteristic = get_required,
     .GetOutputTypeCount = get_output_count,
-    .CreateKernelV2 = create_kernel,
-    .KernelComputeV2 = compute,
-    .KernelDestroy = destroy_kernel,
 };

@@ -61,12 +61,8 @@ static size_t get_output_count(const OrtCustomOp *op) { return (void)op, OUTPUTS
 
 const OrtCustomOp residual_norm_operator = {
     SHARED_BY_OPERATORS,
-    .GetName = get_name,
     .GetInputType = get_float,
     .GetInputTypeCount = get_input_count,
     .GetInputCharacteristic = get_required,
     .GetOutputTypeCount = get_output_count,
-    .CreateKernelV2 = create_kernel,
-    .KernelComputeV2 = compute,
-    .KernelDestroy = destroy_kernel,
 };
