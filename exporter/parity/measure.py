@@ -2,8 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,6 +21,7 @@ from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.parity.reference_transformers import TransformersReference
 from gemma_export.exporter.parity.report import Level, ParityReport, Quantized
 from gemma_export.exporter.parity.twin import measurable_session
+from gemma_export.exporter.products import products
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, open_source, random_source
 from gemma_export.runtime.bundle import Manifest, open_bundle
@@ -58,7 +58,7 @@ def audit_range(request: BuildRequest, source: Source, listener: events.Listener
         audit = RangeAudit()
         tokenizer = _tokenizer(source)
         sequences = [tokenizer.encode(passage.text)[:AUDIT_TOKENS] for passage in builtin_texts()]
-        with _products_to_a_few_digits():
+        with products("medium"):  # A magnitude is asked to stay below half of what fp16 holds.
             run = Reference(source.config, source.weights).run(sequences, observe=audit, keep_cache=False)
             run.observe_logits()
         leaving = [(name, peak) for name, peak in audit.leaving() if not _saturates(name, source.config)]
@@ -71,20 +71,6 @@ def audit_range(request: BuildRequest, source: Source, listener: events.Listener
     for name, peak in leaving:
         listener(events.Note(f"{name} reaches {peak:.4g}: it is kept in fp32."))
     return frozenset(graph_name(name) for name, _ in leaving)
-
-
-@contextmanager
-def _products_to_a_few_digits() -> Iterator[None]:
-    """Lets torch round a product's operands to bfloat16 while the body runs, where the CPU is faster so.
-
-    A magnitude is then known to three digits, and is asked to stay below half of what fp16 holds.
-    """
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _saturates(observed: str, config: GemmaConfig) -> bool:

@@ -28,6 +28,7 @@ from gemma_export.errors import CalibrationError, ScalesError
 from gemma_export.exporter import events
 from gemma_export.exporter.checkpoints.safetensors import read_safetensors
 from gemma_export.exporter.parity.reference import Reference
+from gemma_export.exporter.products import products
 from gemma_export.exporter.quantize.codes import CodesFile
 from gemma_export.exporter.quantize.emulate import merged_layers
 from gemma_export.exporter.quantize.recipes import linear_names, recipes, weight_format, without_text
@@ -88,7 +89,7 @@ def calibrate(
     ways = recipes(config, target, scheme, block, observer)
     path = codes_folder / CODES_FILE
     with events.stage(listener, STAGE, f"{tokens:,} tokens") as facts:
-        with CodesFile(path, linear_names(config)) as codes:
+        with CodesFile(path, linear_names(config)) as codes, products("medium"):
             collector = _Collector(source, ways, tokens, codes, listener)
             Reference(config, source.weights).run(
                 sequences,
@@ -238,6 +239,11 @@ class _Collector:
 
     def after_layer(self, index: int) -> None:
         """Decides on a layer that every sequence has passed through."""
+        with products("highest"):
+            self._decide(index)
+        self._begin_layer()
+
+    def _decide(self, index: int) -> None:
         prefix = f"layers.{index}"
         for kind in _ORDER:
             merged = self._merged[kind]
@@ -257,7 +263,6 @@ class _Collector:
         self.cache.append(
             CacheScales(tuple(self._keys.scale().tolist()), tuple(self._values.scale().tolist()))
         )
-        self._begin_layer()
 
     def table(self) -> Decision:
         """Decides on the embedding table, which the head reads; nothing before it can be smoothed."""

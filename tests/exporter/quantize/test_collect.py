@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from gemma_export.calibration.recipe import Decision, Layer, Recipe
 from gemma_export.calibration.scales import CalibrationText, ScaleTable, graph_digest
 from gemma_export.errors import CalibrationError, CheckpointError, ScalesError, UsageError
 from gemma_export.exporter import events
@@ -18,7 +19,7 @@ from gemma_export.exporter.checkpoints.checkpoint import LazyTensor, RandomCheck
 from gemma_export.exporter.checkpoints.weights import canonical_weights
 from gemma_export.exporter.config import GemmaConfig
 from gemma_export.exporter.decoder import DecoderLayer
-from gemma_export.exporter.parity.reference import Reference, empty_module
+from gemma_export.exporter.parity.reference import Array, Reference, empty_module
 from gemma_export.exporter.quantize import collect
 from gemma_export.exporter.quantize.collect import CODES_FILE, calibrate, quantization_of, uncalibrated
 from gemma_export.exporter.quantize.emulate import device_linears, merged_layers
@@ -357,3 +358,23 @@ def test_one_layer_is_looked_at_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(collect._Collector, "after_layer", counted)
     table(tmp_path)
     assert alive == [4, 4]
+
+
+def test_ways_are_compared_in_fp32_whatever_the_text_passes_in(tmp_path, monkeypatch):
+    """An operand in bfloat16 would add a percent to the price of 8 bits."""
+    seen: dict[str, set[str]] = {"observe": set(), "decide": set()}
+    observe, decide = collect._Collector.observe, collect.decide
+
+    def observed(self: collect._Collector, name: str, array: Array) -> None:
+        seen["observe"].add(torch.get_float32_matmul_precision())
+        observe(self, name, array)
+
+    def decided(layer: Layer, recipe: Recipe) -> Decision:
+        seen["decide"].add(torch.get_float32_matmul_precision())
+        return decide(layer, recipe)
+
+    monkeypatch.setattr(collect._Collector, "observe", observed)
+    monkeypatch.setattr(collect, "decide", decided)
+    table(tmp_path)
+    assert seen == {"observe": {"medium"}, "decide": {"highest"}}
+    assert torch.get_float32_matmul_precision() == "highest"
