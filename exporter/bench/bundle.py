@@ -1,6 +1,7 @@
 """A turn of a bundle: what `generate` does, with a clock beside it."""
 
 from collections.abc import Callable, Sequence
+from statistics import harmonic_mean
 from time import perf_counter
 
 from gemma_export.exporter.bench.plan import real_tokens
@@ -12,9 +13,16 @@ from gemma_export.runtime.text_stream import TextStream
 from gemma_export.runtime.tokenizer import REPLACEMENT
 
 Clock = Callable[[], float]
+STRETCH = 8
+"""Tokens that are decoded between two questions for the machine's rate."""
 
 
-def run_turn(open_session: Callable[[], Session], plan: Plan, clock: Clock = perf_counter) -> Turn:
+def run_turn(
+    open_session: Callable[[], Session],
+    plan: Plan,
+    clock: Clock = perf_counter,
+    read_rate: Callable[[], float] | None = None,
+) -> Turn:
     """Loads a bundle and runs the plan once.
 
     The first token comes first, because it is waited for by who has just loaded; one chunk and one token that
@@ -24,6 +32,8 @@ def run_turn(open_session: Callable[[], Session], plan: Plan, clock: Clock = per
         open_session: Loads it.
         plan: What is run; it fits the cache.
         clock: Seconds.
+        read_rate: Measures how many bytes per second are read from memory; None for a device, whose memory
+            is another.
     """
     begin = clock()
     session = open_session()
@@ -41,7 +51,7 @@ def run_turn(open_session: Callable[[], Session], plan: Plan, clock: Clock = per
         if length in plan.prompts:
             prefill.append(Timing(length, length, clock() - begin))
         if length in plan.depths:
-            timing, chosen = _decode(session, cache, tokens[length], plan.tokens, clock)
+            timing, chosen = _decode(session, cache, tokens[length], plan.tokens, clock, read_rate)
             decode.append(timing)
             choosing += chosen
     return Turn(load, first_token, tuple(prefill), tuple(decode), choosing, peak=0)
@@ -64,18 +74,30 @@ def _first_token(session: Session, tokens: Sequence[int], chunk: int, clock: Clo
     return Timing(0, stats.prefill_tokens, clock() - begin)
 
 
-def _decode(session: Session, cache: KVCache, token: int, count: int, clock: Clock) -> tuple[Timing, float]:
+def _decode(
+    session: Session,
+    cache: KVCache,
+    token: int,
+    count: int,
+    clock: Clock,
+    read_rate: Callable[[], float] | None,
+) -> tuple[Timing, float]:
     """Decodes behind what a cache holds, which it then holds too; also the seconds of choosing."""
     depth = cache.length
     session.step([[token]], cache)  # Buffers of the step's shape are set up.
     cache.truncate(depth)
     sampler, text = Sampler(SamplingOptions()), TextStream(session.tokenizer, ())
-    choosing = 0.0
-    begin = clock()
-    for _ in range(count):
-        logits = session.step([[token]], cache)
-        ran = clock()
-        token = sampler(logits[0, -1], ())
-        text.push(token)
-        choosing += clock() - ran
-    return Timing(depth, count, clock() - begin), choosing
+    rates = [] if read_rate is None else [read_rate()]
+    seconds = choosing = 0.0
+    for start in range(0, count, STRETCH):
+        begin = clock()
+        for _ in range(start, min(start + STRETCH, count)):
+            logits = session.step([[token]], cache)
+            ran = clock()
+            token = sampler(logits[0, -1], ())
+            text.push(token)
+            choosing += clock() - ran
+        seconds += clock() - begin
+        if read_rate is not None:
+            rates.append(read_rate())
+    return Timing(depth, count, seconds, harmonic_mean(rates) if rates else None), choosing

@@ -33,9 +33,10 @@ def bytes_per_token(manifest: Manifest, depth: float) -> float:
 
 
 def decode_seconds(manifest: Manifest, machine: Machine, timing: Timing) -> float:
-    """The least time that decoding takes."""
+    """The least time that decoding takes, at the rate that was measured beside it if one was."""
+    rate = machine.read if timing.read is None else timing.read
     middle = timing.at + (timing.tokens + 1) / 2  # A token reads its own keys and values, too.
-    return timing.tokens * bytes_per_token(manifest, middle) / machine.read
+    return timing.tokens * bytes_per_token(manifest, middle) / rate
 
 
 def prefill_seconds(manifest: Manifest, machine: Machine, timing: Timing, chunk: int) -> float | None:

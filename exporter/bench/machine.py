@@ -6,11 +6,12 @@ that is, depends on the processor.
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import AbstractContextManager
 from pathlib import Path
 from time import perf_counter
+from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -43,20 +44,45 @@ def measure_machine(threads: int, seconds: float = SECONDS) -> Machine:
     return Machine(rate, how, floats, integers)
 
 
+class Memory(AbstractContextManager["Memory"]):
+    """A buffer that several threads read, each a part of its own; larger than the caches.
+
+    Args:
+        threads: How many.
+    """
+
+    def __init__(self, threads: int) -> None:
+        block = 64 * threads
+        self._size = max(_LEAST_BYTES, _CACHES * last_cache_bytes()) // block * block
+        buffer = np.ones(self._size, np.uint8)  # Written, so that every page is there.
+        self._parts = np.split(buffer, threads)
+        self._pool = ThreadPoolExecutor(threads)
+
+    def rate(self, how: str, seconds: float) -> float:
+        """Bytes per second of the fastest pass.
+
+        Args:
+            how: One of `WAYS`.
+            seconds: How long it is repeated.
+        """
+        return self._size / _fastest(lambda: self._read(WAYS[how]), seconds)
+
+    def _read(self, read: Callable[[Bytes], Any]) -> None:
+        for _ in self._pool.map(read, self._parts):
+            pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Ends the threads."""
+        self._pool.shutdown()
+
+
 def reading_rates(threads: int, seconds: float) -> Iterator[tuple[str, float]]:
     """Each way to read memory, and the bytes per second of its fastest pass."""
-    block = 64 * threads
-    size = max(_LEAST_BYTES, _CACHES * last_cache_bytes()) // block * block
-    buffer = np.ones(size, np.uint8)  # Written, so that every page is there.
-    parts = np.split(buffer, threads)
-    with ThreadPoolExecutor(threads) as pool:
-        for how, read in _WAYS.items():
-            yield how, size / _fastest(partial(_read_all, pool, read, parts), seconds)
-
-
-def _read_all(pool: ThreadPoolExecutor, read: Callable[[Bytes], Any], parts: Sequence[Bytes]) -> None:
-    for _ in pool.map(read, parts):
-        pass
+    with Memory(threads) as memory:
+        for how in WAYS:
+            yield how, memory.rate(how, seconds)
 
 
 def _dot(part: Bytes) -> Any:
@@ -65,12 +91,12 @@ def _dot(part: Bytes) -> Any:
     return np.dot(left, right)
 
 
-# numpy lets other threads run in all of them.
-_WAYS: dict[str, Callable[[Bytes], Any]] = {
+WAYS: dict[str, Callable[[Bytes], Any]] = {
     "dot product": _dot,
     "maximum": lambda part: part.view(np.int32).max(),
     "bitwise or": lambda part: np.bitwise_or.reduce(part.view(np.uint64)),
 }
+"""Ways to read all of some bytes; numpy lets other threads run in all of them."""
 
 
 def largest_matrix_rate(

@@ -22,8 +22,6 @@ from gemma_export.schema import MisshapenError, read_value
 T = TypeVar("T")
 
 WORKER = "gemma_export.exporter.bench.worker"
-# Threads are the contestants' own: those of a BLAS would run beside them.
-_ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -46,12 +44,17 @@ class Ended:
     others: float
 
 
+def environment() -> dict[str, str]:
+    """Of a process that measures: its threads are its own, and those of a BLAS would run beside them."""
+    return {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
 def run_process(command: Sequence[str]) -> Ended:
     """Runs a command to its end; it is killed where this is interrupted."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         begin, busy = perf_counter(), _busy_seconds()
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **_ENVIRONMENT}
+            command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environment()
         )
         try:
             _, status, usage = os.wait4(process.pid, 0)

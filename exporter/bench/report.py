@@ -157,6 +157,12 @@ class Report:
         rates = [getattr(round_.machine, name) for round_ in self.rounds if round_.machine is not None]
         return None if not rates or None in rates else _spread(rates)
 
+    @property
+    def reading(self) -> Spread | None:
+        """Bytes per second that memory was read with beside decoding; None where that was not measured."""
+        rates = [timing.read for turn in self._turns(OURS) for timing in turn.decode]
+        return None if not rates or None in rates else _spread(rate for rate in rates if rate is not None)
+
     def to_json(self) -> dict[str, Any]:
         """All of it as JSON values."""
         machines = {name: self.machine(name) for name in ("read", "floats", "integers")}
@@ -179,6 +185,7 @@ class Report:
             "load_average": _json(_spread([round_.load_average for round_ in self.rounds])),
             "others": _json(_spread([round_.others for round_ in self.rounds])),
             "machine": {name: _json(spread) for name, spread in machines.items()},
+            "reading": _json(self.reading),
             "read_by": sorted({round_.machine.read_by for round_ in self.rounds if round_.machine}),
             "figures": [figure.to_json() for figure in self.figures()],
             "choosing": self.choosing,

@@ -1,14 +1,15 @@
 """The rounds of a benchmark: in each the machine is measured, then every contestant has its turn.
 
 The machine's speed may drift, and others may use it: what stands in one round was measured within minutes,
-and percentages and ratios are taken round by round.
+and percentages and ratios are taken round by round. Decoding is held against what memory is read with
+beside it.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gemma_export.errors import MissingDependencyError
 from gemma_export.exporter import events
@@ -34,14 +35,19 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class Worker:
-    """A contestant that runs a bundle in a worker: `bundle` or `genai`."""
+    """A contestant that a worker runs.
+
+    Attributes:
+        job: `bundle` or `genai`.
+        arguments: Of the job, the plan aside.
+    """
 
     job: str
-    bundle: Path
+    arguments: Mapping[str, Any]
 
     def run_turn(self, plan: Plan) -> tuple[Turn, float]:
         """As `Contestant.run_turn`."""
-        return run_worker(self.job, {"path": str(self.bundle), "plan": plan}, Turn)
+        return run_worker(self.job, {**self.arguments, "plan": plan}, Turn)
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,8 @@ def run_rounds(
     Raises:
         GemmaExportError: A contestant failed.
     """
-    contestants: dict[str, Contestant] = {OURS: Worker("bundle", bundle.path), **peers}
+    ours = {"path": str(bundle.path), "on_cpu": runs_on_cpu(bundle)}
+    contestants: dict[str, Contestant] = {OURS: Worker("bundle", ours), **peers}
     _read_files(bundle, listener)
     rounds = []
     for number in range(1, repeats + 1):
@@ -132,7 +139,7 @@ def peers_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Contestant]:
                     "The package onnxruntime-genai is not installed.",
                     "Install it: pip install onnxruntime-genai",
                 )
-            peers[GENAI] = Worker("genai", bundle.path)
+            peers[GENAI] = Worker("genai", {"path": str(bundle.path)})
         else:
             peers[name] = LlamaBench.find(Path(name))
     return peers

@@ -52,6 +52,8 @@ def notes(report: Report) -> Iterator[str]:
     yield f"{report.host.processor}, {plan.threads} threads, {len(rounds)} rounds, kernels: {kernels}"
     if (read := report.machine("read")) is not None:
         rates = [f"reads {_range(read, 1e9)} GB/s by {' and '.join(sorted(_ways(report)))}"]
+        if report.reading is not None:
+            rates.append(f"{_range(report.reading, 1e9)} beside decoding")
         for name, what in (("integers", "int8"), ("floats", "fp32")):
             spread = report.machine(name)
             rates.append(

@@ -45,11 +45,14 @@ class Timing:
         at: Of decoding, how many tokens the cache held before; of a prompt, its length.
         tokens: How many were run.
         seconds: All of them together.
+        read: Bytes per second that memory was read with before, between and after them; None where that was
+            not measured.
     """
 
     at: int
     tokens: int
     seconds: float
+    read: float | None = None
 
     @property
     def per_second(self) -> float:
@@ -81,7 +84,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the machine could do at that time, on as many threads.
+    """What the machine could do when a round began, on as many threads.
 
     Attributes:
         read: Bytes per second that are read from memory.

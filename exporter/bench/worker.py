@@ -6,7 +6,7 @@ The last line of its output is a JSON object: {"result": …}, or {"raised": …
 import json
 import sys
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,18 @@ def machine(threads: int) -> Machine:
     return measure_machine(threads)
 
 
-def bundle(path: str, plan: dict[str, Any]) -> Turn:
+def bundle(path: str, plan: dict[str, Any], on_cpu: bool) -> Turn:
     """A turn of a bundle."""
     with suppress(ImportError):  # An engine needs none; who needs one says so.
         import onnxruntime  # noqa: F401 - its import is not part of loading a bundle
     from gemma_export.exporter.bench.bundle import run_turn
+    from gemma_export.exporter.bench.reading import Reading
     from gemma_export.runtime.session import load
 
     settled = read_value(plan, Plan)
-    turn = run_turn(lambda: load(path, threads=settled.threads), settled)
+    with Reading(settled.threads) if on_cpu else nullcontext() as reading:
+        rate = None if reading is None else reading.rate
+        turn = run_turn(lambda: load(path, threads=settled.threads), settled, read_rate=rate)
     return replace(turn, peak=own_peak())
 
 

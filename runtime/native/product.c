@@ -4,7 +4,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define PIECE (64 * 1024) /* Bytes of codes that a thread takes at a time: enough to stream, few enough to share. */
+#include "stretches.h"
+
+#define PIECE (64 * 1024) /* Bytes of codes that a thread takes at a time. */
 #define PANELS 16         /* At least so many, where a strip allows it. */
 #define ALONE (1 << 16)   /* Numbers that are rounded in less time than it takes to wake a thread. */
 
@@ -33,7 +35,7 @@ typedef struct {
     const float *x;
     float *y;
     size_t tokens;
-    size_t piece; /* Rows of one. */
+    size_t panel; /* Rows of one. */
     FewTokens few;
     ManyTokens many;
 } Work;
@@ -47,10 +49,9 @@ static void quantize_token(void *data, size_t token) {
                             (int32_t *)few->corrections + token * w->blocks);
 }
 
-static void multiply_few_piece(void *data, size_t index) {
+static void multiply_few_rows(void *data, size_t first, size_t last) {
     const Work *work = data;
-    const size_t first = index * work->piece;
-    work->kernels->multiply_few(work->w, &work->few, first, at_most(first + work->piece, work->w->rows), work->y);
+    work->kernels->multiply_few(work->w, &work->few, first, last, work->y);
 }
 
 static void pack_tile(void *data, size_t tile) {
@@ -63,10 +64,10 @@ static void pack_tile(void *data, size_t tile) {
                   work->many.scales + tile * w->blocks * width, work->many.corrections + tile * w->blocks * width);
 }
 
-static void multiply_many_piece(void *data, size_t index) {
+static void multiply_panel(void *data, size_t index) {
     const Work *work = data;
-    const size_t first = index * work->piece;
-    work->kernels->multiply_many(work->w, &work->many, first, at_most(first + work->piece, work->w->rows), work->y);
+    const size_t first = index * work->panel;
+    work->kernels->multiply_many(work->w, &work->many, first, at_most(first + work->panel, work->w->rows), work->y);
 }
 
 /* Memory for activations: codes, scales and corrections, each from a cache line on. */
@@ -91,8 +92,7 @@ static int multiply_few(Work *work, const Pool *pool) {
         for (size_t token = 0; token < work->tokens; token++) quantize_token(work, token);
     else
         pool->parallel_for(pool->context, quantize_token, work->tokens, work);
-    work->piece = ceiling(PIECE, row_bytes(w));
-    pool->parallel_for(pool->context, multiply_few_piece, ceiling(w->rows, work->piece), work);
+    in_stretches(pool, multiply_few_rows, w->rows, ceiling(PIECE, row_bytes(w)), work);
     free(memory);
     return 0;
 }
@@ -109,8 +109,8 @@ static int multiply_many(Work *work, const Pool *pool) {
     pool->parallel_for(pool->context, pack_tile, tiles, work);
     /* Small weights in smaller panels, so that there is work for every thread. */
     const size_t wanted = ceiling(w->rows, PANELS * kernels->strip_rows) * kernels->strip_rows;
-    work->piece = at_most(wanted, PANEL_ROWS / kernels->strip_rows * kernels->strip_rows);
-    pool->parallel_for(pool->context, multiply_many_piece, ceiling(w->rows, work->piece), work);
+    work->panel = at_most(wanted, PANEL_ROWS / kernels->strip_rows * kernels->strip_rows);
+    pool->parallel_for(pool->context, multiply_panel, ceiling(w->rows, work->panel), work);
     free(memory);
     return 0;
 }

@@ -33,7 +33,7 @@ def test_every_byte_is_read_by_every_way(threads: int, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(machine, "_LEAST_BYTES", 3 << 20)
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
-    monkeypatch.setattr(machine, "_WAYS", {how: counted(how, way) for how, way in machine._WAYS.items()})
+    monkeypatch.setattr(machine, "WAYS", {how: counted(how, way) for how, way in machine.WAYS.items()})
     rates = dict(reading_rates(threads, SECONDS))
     assert set(rates) == set(read) == {"dot product", "maximum", "bitwise or"}
     assert all(rate > 0 for rate in rates.values())
@@ -45,7 +45,7 @@ def test_what_is_read_is_larger_than_the_caches(monkeypatch: pytest.MonkeyPatch)
     sizes: list[int] = []
     monkeypatch.setattr(machine, "_LEAST_BYTES", 1 << 20)
     monkeypatch.setattr(machine, "last_cache_bytes", lambda: 1 << 20)
-    monkeypatch.setattr(machine, "_WAYS", {"size": lambda part: sizes.append(part.nbytes)})
+    monkeypatch.setattr(machine, "WAYS", {"size": lambda part: sizes.append(part.nbytes)})
     list(reading_rates(1, SECONDS))
     assert set(sizes) == {8 << 20}
 

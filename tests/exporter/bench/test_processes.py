@@ -54,7 +54,7 @@ def test_an_interrupted_process_is_ended(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_error_comes_back_as_it_was(tmp_path: Path) -> None:
     with pytest.raises(BundleError) as error:
-        run_worker("bundle", {"path": str(tmp_path / "none"), "plan": PLAN}, Turn)
+        run_worker("bundle", {"path": str(tmp_path / "none"), "plan": PLAN, "on_cpu": False}, Turn)
     assert error.value.message == f"{tmp_path / 'none'} is not there."
     assert "gemma-export build" in error.value.hint
 

@@ -1,6 +1,7 @@
 """A turn of a bundle, on a clock that a step moves by one second per token."""
 
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from support.small_bundle import write_bundle
 
-from gemma_export.exporter.bench.bundle import run_turn
+from gemma_export.exporter.bench.bundle import STRETCH, run_turn
 from gemma_export.exporter.bench.plan import real_tokens
 from gemma_export.exporter.bench.values import Plan, Timing, Turn
 from gemma_export.runtime.backend import Backend
@@ -92,6 +93,22 @@ def test_the_cache_is_filled_to_its_last_slot(folder: Path) -> None:
     turn, ticking = run(folder, replace(PLAN, prompts=(64,), depths=(60,)))
     assert turn.decode == (Timing(60, 4, 4.0),)
     assert max(start for ids, start in ticking.steps if len(ids) == 1) == 63
+
+
+def test_memory_is_read_before_between_and_after_the_tokens(folder: Path) -> None:
+    ticking = Ticking(OnnxRuntimeBackend(open_bundle(folder), 1))
+    asked: list[float] = []
+
+    def rate() -> float:
+        asked.append(ticking.now)
+        ticking.now += 1000
+        return 4.0 if len(asked) % 2 else 12.0
+
+    plan = replace(PLAN, prompts=(), depths=(5,), tokens=2 * STRETCH + 1)
+    turn = run_turn(lambda: ticking.session(folder), plan, lambda: ticking.now, rate)
+    assert turn.decode == (Timing(5, 17, 17.0, read=6.0),)  # As much read at 4 as at 12.
+    assert turn.choosing == 0
+    assert [later - sooner - 1000 for sooner, later in pairwise(asked)] == [STRETCH, STRETCH, 1]
 
 
 def test_tokens_per_second() -> None:
