@@ -75,8 +75,8 @@ KERNEL float add_blocks(float sum, __m128i dots, const Weight *w, const FewToken
 
 /* A row with tokens [token, token + tokens), where a block is one chunk or several. Blocks are taken by fours, since it
  * is their sums that would take the time. */
-KERNEL void row_of_chunks(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n, size_t token,
-                          float *y) {
+KERNEL void row(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n, size_t token,
+                float *y) {
     const size_t chunks = block_bytes(w) / CHUNK, step = bits == 4 ? 2 * CHUNK : CHUNK;
     const uint8_t *codes = w->codes + n * row_bytes(w);
     const float *scales = w->scales + n * w->blocks;
@@ -113,61 +113,130 @@ KERNEL void row_of_chunks(const int bits, const int tokens, const Weight *w, con
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
-/* `add_block` of at most eight blocks. */
-KERNEL float add_small_blocks(float sum, __m256i dots, size_t count, const Weight *w, const FewTokens *x,
-                              const float *scales, size_t token, size_t block) {
+#include "few.h"
+
+/* Where a chunk has several blocks, it is the adding up of their sums that would take the time: it is done for four
+ * rows at once. Each is read for itself all the same, since memory gives that faster than four beside each other. */
+enum { ABREAST = 4, MOST_FEW = 12, SEGMENT = 32 /* Chunks of a row whose sums wait for those of the other three. */ };
+typedef __m512i Chunks[SEGMENT][ABREAST];
+
+/* The sums of each chunk of a row's next `bytes` bytes. */
+KERNEL void multiply_segment(const int bits, const uint8_t *w, size_t bytes, const int8_t *x, __m512i *out) {
+    for (size_t byte = 0; byte < bytes; byte += CHUNK, out += ABREAST, x += bits == 4 ? 2 * CHUNK : CHUNK) {
+        *out = _mm512_setzero_si512();
+        _mm_prefetch((const char *)w + byte + AHEAD, _MM_HINT_T0);
+        add_chunk(bits, 1, w + byte, ~(__mmask64)0 >> (CHUNK - at_most(bytes - byte, CHUNK)), x, 0, out);
+    }
+}
+
+/* Each quarter of the result has the rows' sums over that quarter. */
+KERNEL __m512i over_quarters(const __m512i *rows) {
+    __m512i pairs[2];
+    UNROLLED
+    for (int i = 0; i < 2; i++)
+        pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]),
+                                    _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]), _mm512_unpackhi_epi64(pairs[0], pairs[1]));
+}
+
+/* The sums of pairs of quarters, first those of a. */
+KERNEL __m512i over_halves(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+/* Where a quarter has two blocks: the rows' sums of a chunk's first four blocks, or of the others. */
+KERNEL __m512i over_eighths(const __m512i *rows, const int others) {
+    __m512 pairs[2];
+    UNROLLED
+    for (int i = 0; i < 2; i++) { /* In each quarter two blocks of a row, then of the next. */
+        const __m512 a = _mm512_castsi512_ps(rows[2 * i]), b = _mm512_castsi512_ps(rows[2 * i + 1]);
+        pairs[i] = _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(a, b, 0x88)),
+                                                        _mm512_castps_si512(_mm512_shuffle_ps(a, b, 0xdd))));
+    }
+    const __m512 even = _mm512_shuffle_ps(pairs[0], pairs[1], 0x88), odd = _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd);
+    const __m512i in_turn = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    return _mm512_castps_si512(
+        _mm512_permutex2var_ps(even, _mm512_add_epi32(in_turn, _mm512_set1_epi32(others ? 8 : 0)), odd));
+}
+
+/* A number of each block, for all rows: [block, row]. */
+KERNEL __m512i for_rows(__m128i blocks) {
+    const __m512i of = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_epi32(of, _mm512_castsi128_si512(blocks));
+}
+
+/* sum [row] + `count` blocks, at most 4, from `block` on. `scales`: of each row. */
+KERNEL __m128 add_blocks_abreast(__m128 sum, __m512i dots, const Weight *w, const float *const *scales,
+                                 const FewTokens *x, size_t token, size_t block, size_t count) {
+    const __mmask8 there = (__mmask8)((1 << count) - 1);
     const size_t at = token * w->blocks + block;
-    const __mmask8 keep = (__mmask8)(0xff >> (8 - count));
-    const __m256i corrections = _mm256_maskz_loadu_epi32(keep, x->corrections + at);
-    const __m256 both = _mm256_mul_ps(_mm256_maskz_loadu_ps(keep, scales + block),
-                                      _mm256_maskz_loadu_ps(keep, x->scales + at));
-    _Alignas(32) float numbers[8], factors[8];
-    _mm256_store_ps(numbers, _mm256_cvtepi32_ps(_mm256_add_epi32(dots, corrections)));
-    _mm256_store_ps(factors, both);
-    for (size_t i = 0; i < count; i++) sum = __builtin_fmaf(numbers[i], factors[i], sum);
+    __m512 rows = _mm512_castps128_ps512(_mm_maskz_loadu_ps(there, scales[0] + block));
+    rows = _mm512_insertf32x4(rows, _mm_maskz_loadu_ps(there, scales[1] + block), 1);
+    rows = _mm512_insertf32x4(rows, _mm_maskz_loadu_ps(there, scales[2] + block), 2);
+    rows = _mm512_insertf32x4(rows, _mm_maskz_loadu_ps(there, scales[3] + block), 3);
+    const __m512i by_block = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    const __m512i tokens = for_rows(_mm_castps_si128(_mm_maskz_loadu_ps(there, x->scales + at)));
+    const __m512 both = _mm512_mul_ps(_mm512_permutexvar_ps(by_block, rows), _mm512_castsi512_ps(tokens));
+    const __m512i corrections = for_rows(_mm_maskz_loadu_epi32(there, x->corrections + at));
+    const __m512 numbers = _mm512_cvtepi32_ps(_mm512_add_epi32(dots, corrections));
+    sum = _mm_fmadd_ps(_mm512_castps512_ps128(numbers), _mm512_castps512_ps128(both), sum);
+    if (count > 1) sum = _mm_fmadd_ps(_mm512_extractf32x4_ps(numbers, 1), _mm512_extractf32x4_ps(both, 1), sum);
+    if (count > 2) sum = _mm_fmadd_ps(_mm512_extractf32x4_ps(numbers, 2), _mm512_extractf32x4_ps(both, 2), sum);
+    if (count > 3) sum = _mm_fmadd_ps(_mm512_extractf32x4_ps(numbers, 3), _mm512_extractf32x4_ps(both, 3), sum);
     return sum;
 }
 
-/* The same where a chunk has several blocks. */
-KERNEL void row_of_small_blocks(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n,
-                                size_t token, float *y) {
-    const size_t bytes = row_bytes(w), lanes = block_bytes(w) / 4, step = bits == 4 ? 2 * CHUNK : CHUNK;
-    const __mmask16 firsts = lanes == 2 ? 0x5555 : lanes == 4 ? 0x1111 : 0x0101; /* The first lane of each block. */
-    const uint8_t *codes = w->codes + n * bytes;
-    const float *scales = w->scales + n * w->blocks;
-    const int8_t *activations = x->codes + token * x->stride;
-    float sums[FEW] = {0};
-    for (size_t byte = 0, b = 0; byte < bytes; byte += CHUNK, activations += step) {
-        const size_t here = at_most(bytes - byte, CHUNK);
-        __m512i parts[FEW];
-        UNROLLED
-        for (int t = 0; t < tokens; t++) parts[t] = _mm512_setzero_si512();
-        _mm_prefetch((const char *)codes + byte + AHEAD, _MM_HINT_T0);
-        add_chunk(bits, tokens, codes + byte, ~(__mmask64)0 >> (CHUNK - here), activations, x->stride, parts);
-        UNROLLED
-        for (int t = 0; t < tokens; t++) {
-            /* Every lane gets the sum of its block. */
-            __m512i dots = _mm512_add_epi32(parts[t], _mm512_shuffle_epi32(parts[t], 0xb1));
-            if (lanes > 2) dots = _mm512_add_epi32(dots, _mm512_shuffle_epi32(dots, 0x4e));
-            if (lanes > 4) dots = _mm512_add_epi32(dots, _mm512_shuffle_i32x4(dots, dots, 0xb1));
-            const __m256i each = _mm512_castsi512_si256(_mm512_maskz_compress_epi32(firsts, dots));
-            sums[t] = add_small_blocks(sums[t], each, here / (4 * lanes), w, x, scales, token + t, b);
+/* Rows [first, last) with all tokens, by fours. `lanes`: the sums of a block, 2, 4 or 8 of a chunk's 16. */
+KERNEL void few_of_small_blocks(const int bits, const int lanes, const Weight *w, const FewTokens *x, size_t first,
+                                size_t last, float *y) {
+    const size_t shared = 16 / (size_t)lanes, blocks = SEGMENT * shared, bytes = block_bytes(w);
+    Chunks chunks;
+    memset(chunks, 0, sizeof chunks); /* What is past the end is added up, too, and then left out. */
+    for (size_t n = first; n < last; n += ABREAST) {
+        const uint8_t *codes[ABREAST];
+        const float *scales[ABREAST];
+        for (size_t r = 0; r < ABREAST; r++) { /* Past the last there is the last again, which is not stored. */
+            const size_t row = at_most(n + r, last - 1);
+            codes[r] = w->codes + row * row_bytes(w);
+            scales[r] = w->scales + row * w->blocks;
         }
-        b += here / (4 * lanes);
+        __m128 sums[MOST_FEW];
+        for (size_t t = 0; t < x->tokens; t++) sums[t] = _mm_setzero_ps();
+        for (size_t start = 0; start < w->blocks; start += blocks) {
+            const size_t here = at_most(w->blocks - start, blocks), byte = start * bytes;
+            for (size_t r = 0; r < ABREAST; r++)
+                for (size_t b = start; b < start + here; b += CHUNK / sizeof(float))
+                    _mm_prefetch((const char *)(scales[r] + ABREAST * w->blocks + b), _MM_HINT_T0);
+            for (size_t t = 0; t < x->tokens; t++) {
+                const int8_t *activations = x->codes + t * x->stride + (bits == 4 ? 2 * byte : byte);
+                for (size_t r = 0; r < ABREAST; r++)
+                    multiply_segment(bits, codes[r] + byte, here * bytes, activations, &chunks[0][r]);
+                for (size_t b = 0; b < here; b += 4) {
+                    const __m512i *chunk = chunks[b / shared];
+                    __m512i dots;
+                    if (lanes == 8) dots = over_halves(over_quarters(chunk), over_quarters(chunk + ABREAST));
+                    if (lanes == 4) dots = over_quarters(chunk);
+                    if (lanes == 2) dots = over_eighths(chunk, b / 4 % 2);
+                    sums[t] = add_blocks_abreast(sums[t], dots, w, scales, x, t, start + b, at_most(here - b, 4));
+                }
+            }
+        }
+        const __mmask8 there = (__mmask8)((1 << at_most(last - n, ABREAST)) - 1);
+        for (size_t t = 0; t < x->tokens; t++) _mm_mask_storeu_ps(y + t * w->rows + n, there, sums[t]);
     }
-    UNROLLED
-    for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
 }
 
-KERNEL void row(const int bits, const int tokens, const Weight *w, const FewTokens *x, size_t n, size_t token,
-                float *y) {
-    if (block_bytes(w) >= CHUNK)
-        row_of_chunks(bits, tokens, w, x, n, token, y);
+TARGET static void multiply_few_of_any_block(const Weight *w, const FewTokens *x, size_t first, size_t last, float *y) {
+    const size_t lanes = block_bytes(w) / 4;
+    if (lanes >= 16)
+        multiply_few(w, x, first, last, y);
+    else if (w->bits == 8)
+        lanes == 8 ? few_of_small_blocks(8, 8, w, x, first, last, y) : few_of_small_blocks(8, 4, w, x, first, last, y);
+    else if (lanes == 8)
+        few_of_small_blocks(4, 8, w, x, first, last, y);
     else
-        row_of_small_blocks(bits, tokens, w, x, n, token, y);
+        lanes == 4 ? few_of_small_blocks(4, 4, w, x, first, last, y) : few_of_small_blocks(4, 2, w, x, first, last, y);
 }
-
-#include "few.h"
 
 /* Many tokens: a tile is ROWS rows × TOKENS tokens, whose sums are in registers; a lane is a token. Of four columns of a
  * row the codes are one number for all lanes, and those of the activations are 4 bytes of each. */
@@ -312,12 +381,12 @@ KERNEL void store(const Weight *w, const ManyTokens *x, size_t first, size_t cou
 const Kernels avx512_vnni_kernels = {
     .name = "avx512-vnni",
     .is_supported = is_supported,
-    .few = 12,
+    .few = MOST_FEW,
     .tile_tokens = TOKENS,
     .strip_rows = STRIP,
     .code_bytes = 1,
     .quantize = quantize,
-    .multiply_few = multiply_few,
+    .multiply_few = multiply_few_of_any_block,
     .pack = pack,
     .multiply_many = multiply_many,
 };

@@ -7,6 +7,7 @@
 #include "stretches.h"
 
 #define PIECE (64 * 1024) /* Bytes of codes that a thread takes at a time. */
+#define ABREAST 4         /* A piece has a multiple of so many rows: kernels may take them together. */
 #define PANELS 16         /* At least so many, where a strip allows it. */
 #define ALONE (1 << 16)   /* Numbers that are rounded in less time than it takes to wake a thread. */
 
@@ -92,7 +93,7 @@ static int multiply_few(Work *work, const Pool *pool) {
         for (size_t token = 0; token < work->tokens; token++) quantize_token(work, token);
     else
         pool->parallel_for(pool->context, quantize_token, work->tokens, work);
-    in_stretches(pool, multiply_few_rows, w->rows, ceiling(PIECE, row_bytes(w)), work);
+    in_stretches(pool, multiply_few_rows, w->rows, ceiling(ceiling(PIECE, row_bytes(w)), ABREAST) * ABREAST, work);
     free(memory);
     return 0;
 }

@@ -71,14 +71,22 @@ def test_the_outermost_codes_do_not_saturate() -> None:
         np.testing.assert_allclose(found, [[127 * 512, -128 * 512, 127 * 512]], rtol=4 * ROUNDING)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("block", [16, 32])
+def test_rows_of_many_small_blocks(block: int, bits: int) -> None:
+    """Longer than the stretch of a row that kernels keep, and not a multiple of it."""
+    product = Product(rows=6, blocks=301, block=block, bits=bits)
+    check(product, activations(product, 3))
+
+
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("tokens", [1, 5, 45])
 def test_numbers_do_not_depend_on_the_threads(name: str, tokens: int) -> None:
-    # Several pieces of work: 64 KiB of codes, or rows of a sixteenth of the weight.
-    product = Product(rows=333, blocks=8, block=64, bits=8)
+    # Many pieces of work: 64 KiB of codes, or rows of a sixteenth of the weight.
+    product = Product(rows=3333, blocks=8, block=64, bits=8)
     x = activations(product, tokens)
     alone = multiply(product, x, name)
-    for threads in (2, 4):
+    for threads in (2, 4, 7):
         np.testing.assert_array_equal(multiply(product, x, name, threads), alone)
 
 
