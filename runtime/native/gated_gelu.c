@@ -3,7 +3,7 @@
 
 #include <string.h>
 
-#include "product.h"
+#include "variants.h"
 #include "vectors.h"
 
 #define PIECE 4096 /* Columns of a token that a thread takes at a time: it takes longer than to wake a thread. */
@@ -31,36 +31,10 @@ static inline __attribute__((always_inline)) void multiply_piece(const float *ga
     }
 }
 
-typedef void Multiply(const float *gates, const float *ups, size_t count, float *y);
-
-static void multiply_portable(const float *gates, const float *ups, size_t count, float *y) {
-    multiply_piece(gates, ups, count, y);
-}
-
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) static void multiply_avx2(const float *gates, const float *ups, size_t count,
-                                                          float *y) {
-    multiply_piece(gates, ups, count, y);
-}
-
-__attribute__((target("avx512f"))) static void multiply_avx512(const float *gates, const float *ups, size_t count,
-                                                               float *y) {
-    multiply_piece(gates, ups, count, y);
-}
-#endif
-
-/* The processor's, unless GEMMA_EXPORT_KERNELS asks for less. */
-static Multiply *chosen(void) {
-#if defined(__x86_64__)
-    const Kernels *kernels = chosen_kernels();
-    if (kernels == &avx512_vnni_kernels) return multiply_avx512;
-    if (kernels == &avx2_kernels) return multiply_avx2;
-#endif
-    return multiply_portable;
-}
+VARIANTS(multiply_piece, (const float *gates, const float *ups, size_t count, float *y), (gates, ups, count, y))
 
 typedef struct {
-    Multiply *multiply;
+    void (*multiply)(const float *gates, const float *ups, size_t count, float *y);
     const float *x;
     float *y;
     size_t columns, pieces; /* F, and pieces of a token */
@@ -75,6 +49,6 @@ static void work_on(void *data, size_t index) {
 }
 
 void gated_gelu(const float *x, size_t tokens, size_t columns, float *y, const Pool *pool) {
-    Work work = {chosen(), x, y, columns, ceiling(columns, PIECE)};
+    Work work = {multiply_piece_chosen(), x, y, columns, ceiling(columns, PIECE)};
     pool->parallel_for(pool->context, work_on, tokens * work.pieces, &work);
 }

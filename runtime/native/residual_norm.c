@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#include "product.h"
+#include "variants.h"
 #include "vectors.h"
 
 #define TOGETHER 8 /* Tokens that a thread takes at a time. */
@@ -26,28 +26,10 @@ static inline __attribute__((always_inline)) void norm_token(const ResidualNorm 
     for (size_t i = whole; i < d; i++) normed[i] = sum[i] * scale * r->gain[i];
 }
 
-typedef void Norm(const ResidualNorm *r, size_t token);
-
-static void norm_portable(const ResidualNorm *r, size_t token) { norm_token(r, token); }
-#if defined(__x86_64__)
-__attribute__((target("avx2"))) static void norm_avx2(const ResidualNorm *r, size_t token) { norm_token(r, token); }
-__attribute__((target("avx512f"))) static void norm_avx512(const ResidualNorm *r, size_t token) {
-    norm_token(r, token);
-}
-#endif
-
-/* The processor's, unless GEMMA_EXPORT_KERNELS asks for less. */
-static Norm *chosen(void) {
-#if defined(__x86_64__)
-    const Kernels *kernels = chosen_kernels();
-    if (kernels == &avx512_vnni_kernels) return norm_avx512;
-    if (kernels == &avx2_kernels) return norm_avx2;
-#endif
-    return norm_portable;
-}
+VARIANTS(norm_token, (const ResidualNorm *r, size_t token), (r, token))
 
 typedef struct {
-    Norm *norm;
+    void (*norm)(const ResidualNorm *r, size_t token);
     const ResidualNorm *r;
     size_t tokens;
 } Work;
@@ -58,6 +40,6 @@ static void work_on(void *data, size_t index) {
 }
 
 void residual_norm(const ResidualNorm *r, size_t tokens, const Pool *pool) {
-    Work work = {chosen(), r, tokens};
+    Work work = {norm_token_chosen(), r, tokens};
     pool->parallel_for(pool->context, work_on, ceiling(tokens, TOGETHER), &work);
 }
