@@ -23,12 +23,14 @@ def test_memory_is_taken_when_it_is_written() -> None:
         cache = KVCache.allocate(
             layers=4, batch=1, kv_heads=1, max_length=8192, head_dim=256, dtype="float32"
         )
-        assert anonymous() - before < cache.key_buffers[0].nbytes // 4
-        for buffer in (*cache.key_buffers, *cache.value_buffers):
+        buffers = [*cache.key_buffers, *cache.value_buffers]
+        size = sum(buffer.nbytes for buffer in buffers)
+        assert anonymous() - before < size // 4  # What else the process does in the meantime is megabytes.
+        for buffer in buffers:
             buffer.fill(1)
         lasting.append(np.ones(2**17))
-        assert anonymous() - before > 7 * buffer.nbytes
-        del cache, buffer
+        assert anonymous() - before > size // 4 * 3
+        del cache, buffer, buffers
 
 
 def test_begins_empty_and_aligned() -> None:

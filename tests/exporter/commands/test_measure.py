@@ -39,12 +39,13 @@ def test_a_run_for_programs(tiny_bundle: Path, known_machine: Machine, invoke: I
     speeds = [("prefill", 16), ("decode", 0), ("decode", full)]
     assert set(figures) == {("load", None), ("first token", first), *speeds, ("peak memory", None)}
     assert all(figure["median"] > 0 and len(figure["values"]) == 1 for figure in figures.values())
-    # Each figure and its share of the limit say the same of the machine.
+    # Each figure and its share of the limit say the same of the memory as what was read beside it.
     manifest = open_bundle(tiny_bundle).manifest
-    for depth in (0, full):
+    for depth, beside in zip((0, full), result["reading"]["values"], strict=True):
         figure = figures["decode", depth]
         read = figure["median"] / figure["of_limit"]["median"] * bytes_per_token(manifest, depth + 2)
-        assert read == pytest.approx(known_machine.read, rel=1e-9)
+        assert read == pytest.approx(beside, rel=1e-9)
+    assert result["machine"]["read"]["values"] == [known_machine.read]
     size = sum(entry.size for entry in manifest.files.values())
     memory = figures["peak memory", None]
     assert memory["of_limit"]["median"] == pytest.approx(memory["median"] / size)
