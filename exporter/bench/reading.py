@@ -20,7 +20,7 @@ _TRIED = 0.2
 
 
 class Reading(AbstractContextManager["Reading"]):
-    """The process that reads.
+    """The process that reads; within the context it has begun, and reads nothing until it is asked.
 
     Args:
         threads: How many read together.
@@ -34,6 +34,11 @@ class Reading(AbstractContextManager["Reading"]):
             text=True,
             env=environment(),
         )
+
+    def __enter__(self) -> "Reading":
+        """Waits until it has found its way to read: what is measured beside it must not begin before."""
+        self.rate()
+        return self
 
     def rate(self) -> float:
         """Bytes per second, now.

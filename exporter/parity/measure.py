@@ -15,13 +15,13 @@ from gemma_export.calibration.text import Passage, builtin_texts, read_texts
 from gemma_export.errors import CheckpointError, UsageError
 from gemma_export.exporter import events
 from gemma_export.exporter.config import SHIPPED, GemmaConfig
+from gemma_export.exporter.matmul import matmul_precision
 from gemma_export.exporter.parity.budget import budget_of
 from gemma_export.exporter.parity.gate import GateReference, check_parity
 from gemma_export.exporter.parity.reference import Reference
 from gemma_export.exporter.parity.reference_transformers import TransformersReference
 from gemma_export.exporter.parity.report import Level, ParityReport, Quantized
 from gemma_export.exporter.parity.twin import measurable_session
-from gemma_export.exporter.products import products
 from gemma_export.exporter.request import BuildRequest
 from gemma_export.exporter.source import Source, open_source, random_source
 from gemma_export.runtime.bundle import Manifest, open_bundle
@@ -58,7 +58,7 @@ def audit_range(request: BuildRequest, source: Source, listener: events.Listener
         audit = RangeAudit()
         tokenizer = _tokenizer(source)
         sequences = [tokenizer.encode(passage.text)[:AUDIT_TOKENS] for passage in builtin_texts()]
-        with products("medium"):  # A magnitude is asked to stay below half of what fp16 holds.
+        with matmul_precision("medium"):  # A magnitude is asked to stay below half of what fp16 holds.
             run = Reference(source.config, source.weights).run(sequences, observe=audit, keep_cache=False)
             run.observe_logits()
         leaving = [(name, peak) for name, peak in audit.leaving() if not _saturates(name, source.config)]

@@ -27,8 +27,8 @@ from gemma_export.calibration.statistics import InputStatistics
 from gemma_export.errors import CalibrationError, ScalesError
 from gemma_export.exporter import events
 from gemma_export.exporter.checkpoints.safetensors import read_safetensors
+from gemma_export.exporter.matmul import matmul_precision
 from gemma_export.exporter.parity.reference import Reference
-from gemma_export.exporter.products import products
 from gemma_export.exporter.quantize.codes import CodesFile
 from gemma_export.exporter.quantize.emulate import merged_layers
 from gemma_export.exporter.quantize.recipes import linear_names, recipes, weight_format, without_text
@@ -89,7 +89,7 @@ def calibrate(
     ways = recipes(config, target, scheme, block, observer)
     path = codes_folder / CODES_FILE
     with events.stage(listener, STAGE, f"{tokens:,} tokens") as facts:
-        with CodesFile(path, linear_names(config)) as codes, products("medium"):
+        with CodesFile(path, linear_names(config)) as codes, matmul_precision("medium"):
             collector = _Collector(source, ways, tokens, codes, listener)
             Reference(config, source.weights).run(
                 sequences,
@@ -239,7 +239,7 @@ class _Collector:
 
     def after_layer(self, index: int) -> None:
         """Decides on a layer that every sequence has passed through."""
-        with products("highest"):
+        with matmul_precision("highest"):
             self._decide(index)
         self._begin_layer()
 

@@ -117,7 +117,7 @@ KERNEL void row(const int bits, const int tokens, const Weight *w, const FewToke
 
 /* Where a chunk has several blocks, it is the adding up of their sums that would take the time: it is done for four
  * rows at once. Each is read for itself all the same, since memory gives that faster than four beside each other. */
-enum { ABREAST = 4, MOST_FEW = 12, SEGMENT = 32 /* Chunks of a row whose sums wait for those of the other three. */ };
+enum { MOST_FEW = 12, SEGMENT = 32 /* Chunks of a row whose sums wait for those of the other three. */ };
 typedef __m512i Chunks[SEGMENT][ABREAST];
 
 /* The sums of each chunk of a row's next `bytes` bytes. */

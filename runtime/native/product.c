@@ -7,7 +7,6 @@
 #include "stretches.h"
 
 #define PIECE (64 * 1024) /* Bytes of codes that a thread takes at a time. */
-#define ABREAST 4         /* A piece has a multiple of so many rows: kernels may take them together. */
 #define PANELS 16         /* At least so many, where a strip allows it. */
 #define ALONE (1 << 16)   /* Numbers that are rounded in less time than it takes to wake a thread. */
 

@@ -19,6 +19,7 @@
 
 #define LARGEST_BLOCK 256
 #define CHUNK 64 /* Bytes of codes that are read at once. */
+#define ABREAST 4 /* Rows that kernels may take together: a piece of work has a multiple of them. */
 
 /* A weight as MatMulNBits stores it. Its codes are unsigned, and the code of zero is in the middle of their range; of
  * 4 bits the even column is in the lower half of a byte. */

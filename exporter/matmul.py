@@ -8,7 +8,7 @@ import torch
 
 
 @contextmanager
-def products(precision: Literal["highest", "medium"]) -> Iterator[None]:
+def matmul_precision(precision: Literal["highest", "medium"]) -> Iterator[None]:
     """Sets the precision of torch's products while the body runs.
 
     `medium` lets torch round the operands to bfloat16, which leaves three digits of each, where the CPU
