@@ -26,3 +26,10 @@ def test_one_that_has_ended_is_missed() -> None:
         reading._process.wait()
         with pytest.raises(GemmaExportError, match="how fast memory is read"):
             reading.rate()
+
+
+def test_it_has_begun_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Reading] = []
+    monkeypatch.setattr(Reading, "rate", lambda self: asked.append(self))
+    with Reading(1) as reading:
+        assert asked == [reading]
