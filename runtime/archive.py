@@ -119,9 +119,8 @@ def _engines_only(manifest: Manifest, bundle: Path) -> Manifest:
             f"{bundle} has no engines.",
             "Leave --engines-only out, or run `gemma-export compile` first.",
         )
-    graph = manifest.graph.file
-    # A graph's weights lie beside it under its name; genai_config.json names it to another runtime.
-    left_out = {graph, f"{graph}.data", "genai_config.json", "parity.html"}
+    # genai_config.json names the graph to another runtime.
+    left_out = {manifest.graph.file, manifest.graph.weights_file, "genai_config.json", "parity.html"}
     files = {name: entry for name, entry in manifest.files.items() if name not in left_out}
     return replace(manifest, files=files)
 

@@ -92,6 +92,11 @@ class GraphInfo:
     passes: Mapping[str, int]
     rolling: RollingCache | None = None
 
+    @property
+    def weights_file(self) -> str:
+        """Where its weights lie, beside it under its name."""
+        return f"{self.file}.data"
+
     def layer_slots(self, num_layers: int) -> list[int]:
         """Slots of a cache row in each layer."""
         return layer_slots(num_layers, self.max_length, self.rolling)

@@ -7,6 +7,7 @@ from typing import Any
 from gemma_export.errors import BundleError, UsageError
 from gemma_export.runtime.bundle import Bundle
 from gemma_export.runtime.kv_cache import KVCache
+from gemma_export.runtime.large_pages import bring_in
 from gemma_export.runtime.manifest import Manifest
 from gemma_export.runtime.native import ATTENTION, library
 from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, first_line, ort
@@ -62,6 +63,8 @@ class OnnxRuntimeBackend(LoadedGraph):
             return ort.InferenceSession(graph or str(path), options, providers=["CPUExecutionProvider"])
 
         kernels = library() if graph is None and bundle.manifest.target == "cpu" else None
+        if kernels is not None and (weights := bundle.manifest.graph.weights_file) in bundle.manifest.files:
+            bring_in(bundle.file(weights))  # Ours read the weights where they are mapped.
         try:
             try:
                 session = open_session(kernels)

@@ -18,6 +18,7 @@ from gemma_export.exporter.bench.machine import load_average
 from gemma_export.exporter.bench.processes import run_worker
 from gemma_export.exporter.bench.values import Machine, Plan, StepParts, Turn
 from gemma_export.runtime.bundle import Bundle
+from gemma_export.runtime.large_pages import bring_in
 
 OURS = "bundle"
 GENAI = "onnxruntime-genai"
@@ -151,6 +152,7 @@ def _read_files(bundle: Bundle, listener: events.Listener) -> None:
     with events.stage(listener, "page cache"):
         tell, done = events.bytes_of(listener, "page cache"), 0
         for name in bundle.manifest.files:
+            bring_in(bundle.file(name))  # As a session does: how it is read first decides.
             with bundle.file(name).open("rb", buffering=0) as file:
                 while block := file.read(_BLOCK):
                     done += len(block)

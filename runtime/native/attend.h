@@ -8,29 +8,31 @@ KERNEL Vector SUFFIX(fold)(Vector a, Vector b) {
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* scores [slots, QUERIES] of two slots at a time. */
+/* scores [slots, QUERIES], stored two slots at a time. Slots are read one after the other, and the values asked for
+ * likewise: from end to end memory is read more than twice as fast as two slots beside each other. */
 KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float *keys, const float *values, size_t first,
                           size_t last, float *scores) {
     for (size_t s = first; s < last; s += 2, scores += 2 * QUERIES) {
         const float *key = keys + s * a->head, *next = s + 1 < last ? key + a->head : key;
-        for (size_t d = 0; d < a->head; d += LANES) /* Values are read next. */
-            __builtin_prefetch(values + s * a->head + d), __builtin_prefetch(values + s * a->head + a->head + d);
+        for (size_t d = 0; d < 2 * a->head; d += LANES) __builtin_prefetch(values + s * a->head + d); /* Read next. */
         Vector sums[2 * QUERIES];
         UNROLLED
-        for (int i = 0; i < 2 * QUERIES; i++) sums[i] = (Vector){0};
-        size_t d = 0;
-        do {
-            const Vector one = LOAD(key + d), two = LOAD(next + d);
+        for (int slot = 0; slot < 2; slot++) {
+            const float *numbers = slot ? next : key;
             UNROLLED
-            for (int q = 0; q < QUERIES; q++) {
-                const Vector query = LOAD(queries + q * a->head + d);
-                sums[q] = MULTIPLY_ADD(query, one, sums[q]);
-                sums[QUERIES + q] = MULTIPLY_ADD(query, two, sums[QUERIES + q]);
-                KEPT_IN_REGISTER(sums[q]);
-                KEPT_IN_REGISTER(sums[QUERIES + q]);
-            }
-            d += LANES;
-        } while (d < a->head);
+            for (int q = 0; q < QUERIES; q++) sums[slot * QUERIES + q] = (Vector){0};
+            size_t d = 0;
+            do {
+                const Vector columns = LOAD(numbers + d);
+                UNROLLED
+                for (int q = 0; q < QUERIES; q++) {
+                    const int i = slot * QUERIES + q;
+                    sums[i] = MULTIPLY_ADD(LOAD(queries + q * a->head + d), columns, sums[i]);
+                    KEPT_IN_REGISTER(sums[i]);
+                }
+                d += LANES;
+            } while (d < a->head);
+        }
         UNROLLED
         for (int width = 2 * QUERIES / 2; width > 0; width /= 2)
             UNROLLED

@@ -180,13 +180,15 @@ int attend(const AttentionKernels *kernels, const Attention *a, const Pool *pool
     work.segments = (longest + SEGMENT - 1) / SEGMENT;
     const size_t blocks = a->batch * a->key_heads * work.blocks, numbers = blocks * QUERIES * a->head;
     const int apart = blocks < ENOUGH && work.segments > 1;
-    work.queries = calloc(numbers, sizeof(float));
+    /* From a cache line on: a vector that lies in two takes twice as long to read. */
+    work.queries = aligned_alloc(64, numbers * sizeof(float));
     if (apart) work.partials = aligned_alloc(64, blocks * work.segments * sizeof(Partial));
     if (!work.queries || (apart && !work.partials)) {
         free(work.queries);
         free(work.partials);
         return -1;
     }
+    memset(work.queries, 0, numbers * sizeof(float));
     const size_t tokens = a->batch * a->tokens;
     if (tokens < QUERIES)
         for (size_t i = 0; i < tokens; i++) take_token(&work, i);
