@@ -2,12 +2,14 @@
 
 On a machine that others share, the rate may change by half within a second. So it is asked for before,
 between and after the tokens that are held against it; its buffer is no memory of the process that runs these.
+What it tells is a mean over a time about as long as a token's, as the token's own rate is.
 `python -m gemma_export.exporter.bench.reading THREADS` writes a rate for each line that it reads.
 """
 
 import subprocess
 import sys
 from contextlib import AbstractContextManager
+from time import sleep
 from types import TracebackType
 
 from gemma_export.errors import GemmaExportError
@@ -15,7 +17,9 @@ from gemma_export.exporter.bench.machine import WAYS, Memory
 from gemma_export.exporter.bench.processes import environment
 
 SECONDS = 0.06
-"""How long it reads each time: the fastest pass counts, as what ran before may spin for some of that."""
+"""How long it reads each time."""
+SETTLE = 0.02
+"""How long it waits before: the threads that ran until then spin for a while."""
 _TRIED = 0.2
 
 
@@ -71,7 +75,8 @@ def main() -> None:
     with Memory(int(sys.argv[1])) as memory:
         how = max(WAYS, key=lambda way: memory.rate(way, _TRIED))
         for _ in sys.stdin:
-            sys.stdout.write(f"{memory.rate(how, SECONDS)}\n")
+            sleep(SETTLE)
+            sys.stdout.write(f"{memory.sustained_rate(how, SECONDS)}\n")
             sys.stdout.flush()
 
 

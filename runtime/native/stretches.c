@@ -15,6 +15,7 @@ typedef struct {
     void (*function)(void *data, size_t first, size_t last);
     void *data;
     size_t piece;
+    atomic_int all_taken; /* There is nothing left for a thread that comes now. */
     Slot slots[MOST_THREADS];
 } Work;
 
@@ -60,8 +61,10 @@ static int take_half(Work *work, Slot *own) {
 
 static void be_a_thread(void *data, size_t index) {
     Work *work = data;
+    if (atomic_load_explicit(&work->all_taken, memory_order_relaxed)) return;
     do work_off(work, &work->slots[index]);
     while (take_half(work, &work->slots[index]));
+    atomic_store_explicit(&work->all_taken, 1, memory_order_relaxed);
 }
 
 void in_stretches(const Pool *pool, void (*function)(void *data, size_t first, size_t last), size_t rows, size_t piece,

@@ -1,14 +1,31 @@
 """What the machine can do: that it is asked in the right way, not how fast it is."""
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from gemma_export.exporter.bench import machine
-from gemma_export.exporter.bench.machine import last_cache_bytes, matrix_rate, measure_machine, reading_rates
+from gemma_export.exporter.bench.machine import (
+    Memory,
+    last_cache_bytes,
+    matrix_rate,
+    measure_machine,
+    reading_rates,
+)
 
 SECONDS = 0.0  # Three passes.
+
+
+class Clock:
+    """Seconds that pass only when something is read."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_the_fastest_way_to_read_counts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -18,6 +35,52 @@ def test_the_fastest_way_to_read_counts(monkeypatch: pytest.MonkeyPatch) -> None
     measured = measure_machine(2)
     assert (measured.read, measured.read_by) == (7.0, "b")
     assert (measured.floats, measured.integers) == (2048.0, 2048.0)
+
+
+class InTurn:
+    """Threads of which each waits for those before it."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+
+    def map(self, function: Callable[[np.ndarray], float], parts: Sequence[np.ndarray]) -> list[float]:
+        assert len(parts) == self.threads
+        return [function(part) for part in parts]
+
+    def shutdown(self) -> None:
+        """Nothing runs any more."""
+
+
+@pytest.mark.parametrize(("seconds", "passes"), [(0.0, 1), (0.9, 1), (2.0, 2), (2.5, 3)])
+def test_a_sustained_rate_is_that_of_whole_passes(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, passes: int
+) -> None:
+    clock, read = Clock(), []
+
+    def a_second(part: np.ndarray) -> None:
+        clock.now += 1
+        read.append(part.nbytes)
+
+    monkeypatch.setattr(machine, "_LEAST_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "perf_counter", clock)
+    monkeypatch.setattr(machine, "WAYS", {"slowly": a_second})
+    with Memory(1) as memory:
+        assert memory.sustained_rate("slowly", seconds) == 1 << 20
+    assert read == [1 << 20] * passes
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_threads_add_up(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts: list[int] = []
+    monkeypatch.setattr(machine, "_LEAST_BYTES", 3 << 20)
+    monkeypatch.setattr(machine, "last_cache_bytes", lambda: 0)
+    monkeypatch.setattr(machine, "perf_counter", iter([0.0, *[0.0, 2.0, 2.0] * threads]).__next__)
+    monkeypatch.setattr(machine, "ThreadPoolExecutor", InTurn)
+    monkeypatch.setattr(machine, "WAYS", {"once": lambda part: parts.append(part.nbytes)})
+    with Memory(threads) as memory:
+        assert memory.sustained_rate("once", 0.0) == pytest.approx((3 << 20) / 2)
+    assert parts == [(3 << 20) // threads] * threads
 
 
 @pytest.mark.parametrize("threads", [1, 3])
