@@ -85,7 +85,6 @@ def run_rounds(
     """
     ours = {"path": str(bundle.path), "on_cpu": runs_on_cpu(bundle)}
     contestants: dict[str, Contestant] = {OURS: Worker("bundle", ours), **peers}
-    _read_files(bundle, listener)
     rounds = []
     for number in range(1, repeats + 1):
         name = f"round {number}"
@@ -95,6 +94,7 @@ def run_rounds(
             turns, others = {}, 0.0
             for done, (contestant, runner) in enumerate(contestants.items()):
                 listener(events.StageProgress(name, done, len(contestants), "turns"))
+                _read_files(bundle)
                 turns[contestant], busy = runner.run_turn(plan)
                 others = max(others, busy)
             rounds.append(Round(load, machine, turns, others))
@@ -146,17 +146,16 @@ def peers_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Contestant]:
     return peers
 
 
-def _read_files(bundle: Bundle, listener: events.Listener) -> None:
-    """Reads a bundle once, so that loading does not measure the disk."""
-    size = sum(entry.size for entry in bundle.manifest.files.values())
-    with events.stage(listener, "page cache"):
-        tell, done = events.bytes_of(listener, "page cache"), 0
-        for name in bundle.manifest.files:
-            bring_in(bundle.file(name))  # As a session does: how it is read first decides.
-            with bundle.file(name).open("rb", buffering=0) as file:
-                while block := file.read(_BLOCK):
-                    done += len(block)
-                    tell(done, size)
+def _read_files(bundle: Bundle) -> None:
+    """Reads a bundle before a turn, so that loading does not measure the disk.
+
+    What another has read since, or a system that gives idle pages back, may have pushed it out.
+    """
+    for name in bundle.manifest.files:
+        bring_in(bundle.file(name))  # As a session does: how it is read first decides.
+        with bundle.file(name).open("rb", buffering=0) as file:
+            while file.read(_BLOCK):
+                pass
 
 
 def _brief(turn: Turn) -> str | None:
