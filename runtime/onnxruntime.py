@@ -102,6 +102,8 @@ def _options(bundle: Bundle, threads: int | None, profile: Path | None) -> Any:
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL
+    # Its memory for a whole run would come on top of what the first run took in parts.
+    options.enable_mem_pattern = False
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
