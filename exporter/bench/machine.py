@@ -9,7 +9,9 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from time import perf_counter
 from types import TracebackType
 from typing import Any
@@ -67,8 +69,8 @@ class Memory(AbstractContextManager["Memory"]):
         """
         return self._size / _fastest(lambda: self._read(WAYS[how]), seconds)
 
-    def sustained_rate(self, how: str, seconds: float) -> float:
-        """Bytes per second of all threads over a time, none of which waits for another.
+    def usual_rate(self, how: str, seconds: float) -> float:
+        """Bytes per second of all threads together, none of which waits for another: of each the median pass.
 
         Args:
             how: One of `WAYS`.
@@ -77,11 +79,11 @@ class Memory(AbstractContextManager["Memory"]):
         read, end = WAYS[how], perf_counter() + seconds
 
         def rate_of(part: Bytes) -> float:
-            begin, passes = perf_counter(), 0
-            while passes == 0 or perf_counter() < end:
+            times = [perf_counter()]
+            while len(times) == 1 or times[-1] < end:
                 read(part)
-                passes += 1
-            return passes * part.nbytes / (perf_counter() - begin)
+                times.append(perf_counter())
+            return part.nbytes / median(later - sooner for sooner, later in pairwise(times))
 
         return sum(self._pool.map(rate_of, self._parts))
 

@@ -2,7 +2,8 @@
 
 On a machine that others share, the rate may change by half within a second. So it is asked for before,
 between and after the tokens that are held against it; its buffer is no memory of the process that runs these.
-What it tells is a mean over a time about as long as a token's, as the token's own rate is.
+What it tells is the usual rate over a time about as long as a token's: neither the best of it, which a token
+cannot hold, nor that of a moment in which the machine did something else.
 `python -m gemma_export.exporter.bench.reading THREADS` writes a rate for each line that it reads.
 """
 
@@ -76,7 +77,7 @@ def main() -> None:
         how = max(WAYS, key=lambda way: memory.rate(way, _TRIED))
         for _ in sys.stdin:
             sleep(SETTLE)
-            sys.stdout.write(f"{memory.sustained_rate(how, SECONDS)}\n")
+            sys.stdout.write(f"{memory.usual_rate(how, SECONDS)}\n")
             sys.stdout.flush()
 
 

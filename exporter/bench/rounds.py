@@ -39,7 +39,7 @@ class Worker:
     """A contestant that a worker runs.
 
     Attributes:
-        job: `bundle` or `genai`.
+        job: `bundle`, `genai` or `hugging_face`.
         arguments: Of the job, the plan aside.
     """
 
@@ -126,24 +126,29 @@ def measure_step(bundle: Bundle, plan: Plan) -> StepParts:
 
 
 def peers_of(bundle: Bundle, names: Sequence[str]) -> dict[str, Contestant]:
-    """The contestants that were named: `genai`, or a file that llama.cpp reads.
+    """The contestants that were named: `genai`, a checkpoint's folder, or a file that llama.cpp reads.
 
     Raises:
-        MissingDependencyError: onnxruntime-genai or llama-bench is not installed.
+        MissingDependencyError: What runs one of them is not installed.
         UsageError: There is no such file.
     """
     peers: dict[str, Contestant] = {}
     for name in names:
         if name == "genai":
-            if find_spec("onnxruntime_genai") is None:
-                raise MissingDependencyError(
-                    "The package onnxruntime-genai is not installed.",
-                    "Install it: pip install onnxruntime-genai",
-                )
+            _require("onnxruntime_genai", "onnxruntime-genai", "pip install onnxruntime-genai")
             peers[GENAI] = Worker("genai", {"path": str(bundle.path)})
+        elif Path(name).is_dir():
+            _require("transformers", "transformers", "pip install 'gemma-export[parity]'")
+            arguments = {"path": str(bundle.path), "checkpoint": name}
+            peers[f"transformers bf16 on {name}"] = Worker("hugging_face", arguments)
         else:
             peers[name] = LlamaBench.find(Path(name))
     return peers
+
+
+def _require(module: str, package: str, command: str) -> None:
+    if find_spec(module) is None:
+        raise MissingDependencyError(f"The package {package} is not installed.", f"Install it: {command}")
 
 
 def _read_files(bundle: Bundle) -> None:

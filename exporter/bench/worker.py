@@ -53,7 +53,20 @@ def genai(path: str, plan: dict[str, Any]) -> Turn:
     return replace(run_turn(Path(path), read_value(plan, Plan)), peak=own_peak())
 
 
-JOBS: dict[str, Callable[..., Any]] = {"machine": machine, "bundle": bundle, "step": step, "genai": genai}
+def hugging_face(path: str, checkpoint: str, plan: dict[str, Any]) -> Turn:
+    """A turn of transformers."""
+    from gemma_export.exporter.bench.hugging_face import run_turn
+
+    return replace(run_turn(Path(path), Path(checkpoint), read_value(plan, Plan)), peak=own_peak())
+
+
+JOBS: dict[str, Callable[..., Any]] = {
+    "machine": machine,
+    "bundle": bundle,
+    "step": step,
+    "genai": genai,
+    "hugging_face": hugging_face,
+}
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ def bench(
     compare: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="genai|MODEL.gguf",
-            help="In turns with onnxruntime-genai on this bundle, or with llama-bench; may be repeated.",
+            metavar="genai|MODEL.gguf|CHECKPOINT",
+            help="In turns with onnxruntime-genai on this bundle, with llama-bench, or with transformers in "
+            "bfloat16 on a checkpoint; may be repeated.",
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="A PNG file for a plot.")] = None,

@@ -30,7 +30,7 @@ def test_a_run_for_programs(tiny_bundle: Path, known_machine: Machine, invoke: I
     outcome = invoke(["bench", tiny_bundle, *SMALL, "--json"])
     assert outcome.code == 0, outcome.err
     *told, result = outcome.events
-    assert [event["stage"] for event in told if event["event"] == "finished"] == ["page cache", "round 1"]
+    assert [event["stage"] for event in told if event["event"] == "finished"] == ["round 1"]
     full = 512 - 3
     assert (result["plan"]["prompts"], result["plan"]["depths"]) == ([16], [0, full])
     assert result["left_out"] == ["3 tokens at depth 9999: the cache has 512 slots"]
@@ -113,6 +113,16 @@ print(json.dumps([{{**prompt, "n_gen": 3, "n_depth": depth}} for depth in depths
     assert peers["load", None] == {}
 
 
+def test_in_turns_with_transformers(
+    tiny_bundle: Path, tiny_checkpoint: Path, known_machine: Machine, invoke: Invoke
+) -> None:
+    outcome = invoke(["bench", tiny_bundle, *SMALL, "--compare", tiny_checkpoint, "--json", "-q"])
+    assert outcome.code == 0, outcome.err
+    for figure in outcome.events[-1]["figures"]:
+        peer = figure["peers"][f"transformers bf16 on {tiny_checkpoint}"]
+        assert all(value > 0 for value in peer["values"])
+
+
 @pytest.mark.slow
 def test_the_real_machine(tiny_bundle: Path, run_cli: RunCli) -> None:
     ended = outcome_of(run_cli(["bench", tiny_bundle, *SMALL, "--json", "-q"]))
@@ -156,6 +166,17 @@ def test_what_is_not_installed_is_missed_first(
     monkeypatch.setattr(rounds, "find_spec", lambda name: None)
     outcome = invoke(["bench", tiny_bundle, "--compare", "genai"])
     assert_refused(outcome, 1, "onnxruntime-genai is not installed")
+    outcome = invoke(["bench", tiny_bundle, "--compare", tmp_path])
+    assert_refused(outcome, 1, "transformers is not installed")
+    assert "gemma-export[parity]" in outcome.err
+
+
+def test_a_folder_that_is_no_checkpoint(
+    tiny_bundle: Path, known_machine: Machine, tmp_path: Path, invoke: Invoke
+) -> None:
+    outcome = invoke(["bench", tiny_bundle, *SMALL, "-q", "--compare", tmp_path])
+    assert_refused(outcome, 1, f"cannot run {tmp_path}")
+    assert "--compare CHECKPOINT" in outcome.err
 
 
 def test_an_engine_needs_its_device(tmp_path: Path, invoke: Invoke) -> None:
