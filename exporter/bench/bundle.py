@@ -13,7 +13,7 @@ from gemma_export.runtime.text_stream import TextStream
 from gemma_export.runtime.tokenizer import REPLACEMENT
 
 Clock = Callable[[], float]
-STRETCH = 8
+STRETCH = 4
 """Tokens that are decoded between two questions for the machine's rate."""
 
 

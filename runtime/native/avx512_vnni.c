@@ -44,10 +44,20 @@ KERNEL int32_t sum_of(__m512i parts) {
     return _mm_cvtsi128_si32(four);
 }
 
-KERNEL float add_block(float sum, int32_t dot, const Weight *w, const FewTokens *x, const float *scales, size_t token,
+/* The scales of four blocks of a row. */
+KERNEL __m128 four_scales(const Weight *w, size_t n, size_t block) {
+    const size_t at = n * w->blocks + block;
+    if (w->row_scales) return _mm_set1_ps(w->row_scales[n]);
+    if (!w->upper_halves) return _mm_loadu_ps(w->scales + at);
+    const __m128i halves = _mm_loadl_epi64((const __m128i *)(w->upper_halves + at));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(halves), 16));
+}
+
+KERNEL float add_block(float sum, int32_t dot, const Weight *w, const FewTokens *x, size_t n, size_t token,
                        size_t block) {
     const size_t at = token * w->blocks + block;
-    return __builtin_fmaf((float)(dot + x->corrections[at]), scales[block] * x->scales[at], sum);
+    const float scale = w->row_scales ? w->row_scales[n] : w->scales[n * w->blocks + block];
+    return __builtin_fmaf((float)(dot + x->corrections[at]), scale * x->scales[at], sum);
 }
 
 /* The sums of four vectors. */
@@ -62,12 +72,12 @@ KERNEL __m128i sums_of(const __m512i *parts, int stride) {
 }
 
 /* `add_block` of four blocks. */
-KERNEL float add_blocks(float sum, __m128i dots, const Weight *w, const FewTokens *x, const float *scales, size_t token,
+KERNEL float add_blocks(float sum, __m128i dots, const Weight *w, const FewTokens *x, __m128 scales, size_t token,
                         size_t block) {
     const size_t at = token * w->blocks + block;
     const __m128i corrections = _mm_loadu_si128((const __m128i *)(x->corrections + at));
     const __m128 numbers = _mm_cvtepi32_ps(_mm_add_epi32(dots, corrections));
-    const __m128 both = _mm_mul_ps(_mm_loadu_ps(scales + block), _mm_loadu_ps(x->scales + at));
+    const __m128 both = _mm_mul_ps(scales, _mm_loadu_ps(x->scales + at));
     UNROLLED
     for (int i = 0; i < 4; i++) sum = __builtin_fmaf(numbers[i], both[i], sum);
     return sum;
@@ -79,7 +89,6 @@ KERNEL void row(const int bits, const int tokens, const Weight *w, const FewToke
                 float *y) {
     const size_t chunks = block_bytes(w) / CHUNK, step = bits == 4 ? 2 * CHUNK : CHUNK;
     const uint8_t *codes = w->codes + n * row_bytes(w);
-    const float *scales = w->scales + n * w->blocks;
     const int8_t *activations = x->codes + token * x->stride;
     float sums[FEW] = {0};
     size_t b = 0;
@@ -94,6 +103,7 @@ KERNEL void row(const int bits, const int tokens, const Weight *w, const FewToke
                 add_chunk(bits, tokens, codes, ~(__mmask64)0, activations, x->stride, parts[i]);
             }
         }
+        const __m128 scales = four_scales(w, n, b);
         UNROLLED
         for (int t = 0; t < tokens; t++)
             sums[t] = add_blocks(sums[t], sums_of(&parts[0][t], FEW), w, x, scales, token + t, b);
@@ -107,7 +117,7 @@ KERNEL void row(const int bits, const int tokens, const Weight *w, const FewToke
             add_chunk(bits, tokens, codes, ~(__mmask64)0, activations, x->stride, parts);
         }
         UNROLLED
-        for (int t = 0; t < tokens; t++) sums[t] = add_block(sums[t], sum_of(parts[t]), w, x, scales, token + t, b);
+        for (int t = 0; t < tokens; t++) sums[t] = add_block(sums[t], sum_of(parts[t]), w, x, n, token + t, b);
     }
     UNROLLED
     for (int t = 0; t < tokens; t++) y[(token + t) * w->rows + n] = sums[t];
@@ -385,6 +395,7 @@ const Kernels avx512_vnni_kernels = {
     .tile_tokens = TOKENS,
     .strip_rows = STRIP,
     .code_bytes = 1,
+    .compact_from = CHUNK,
     .quantize = quantize,
     .multiply_few = multiply_few_of_any_block,
     .pack = pack,

@@ -59,7 +59,10 @@ typedef struct OrtApi {
     void (*ReleaseCustomOpDomain)(OrtCustomOpDomain *domain); /* 101 */
     void *unused_102[135];
     OrtStatus *(*HasSessionConfigEntry)(const OrtSessionOptions *options, const char *key, int *out); /* 237 */
-    void *unused_238[36];
+    void *unused_238[11];
+    OrtStatus *(*KernelInfoGetConstantInput_tensor)(const OrtKernelInfo *info, size_t index, int *is_constant,
+                                                    const OrtValue **out); /* 249 */
+    void *unused_250[24];
     OrtStatus *(*KernelContext_ParallelFor)(const OrtKernelContext *context, void (*function)(void *data, size_t index),
                                             size_t total, size_t batches, void *data); /* 274 */
 } OrtApi;
@@ -74,6 +77,7 @@ _Static_assert(offsetof(OrtApi, ReleaseStatus) == 93 * sizeof(void *), "a place 
 _Static_assert(offsetof(OrtApi, ReleaseTensorTypeAndShapeInfo) == 99 * sizeof(void *), "a place in the table is wrong");
 _Static_assert(offsetof(OrtApi, ReleaseCustomOpDomain) == 101 * sizeof(void *), "a place in the table is wrong");
 _Static_assert(offsetof(OrtApi, HasSessionConfigEntry) == 237 * sizeof(void *), "a place in the table is wrong");
+_Static_assert(offsetof(OrtApi, KernelInfoGetConstantInput_tensor) == 249 * sizeof(void *), "a place in the table is wrong");
 _Static_assert(offsetof(OrtApi, KernelContext_ParallelFor) == 274 * sizeof(void *), "a place in the table is wrong");
 
 typedef struct OrtApiBase {

@@ -28,6 +28,9 @@ typedef struct {
     int bits;                            /* 4 or 8 */
     const uint8_t *codes;                /* [N, G, block · bits / 8] */
     const float *scales;                 /* [N, G] */
+    /* Compact: the same in fewer bytes, as they are stored, where they are known beforehand; or NULL. */
+    const float *row_scales;      /* [N], where each row has but one */
+    const uint16_t *upper_halves; /* [N, G], where the lower halves are zero: bfloat16 */
 } Weight;
 
 static inline size_t block_bytes(const Weight *w) { return w->block * (size_t)w->bits / 8; }
@@ -62,6 +65,7 @@ typedef struct {
     size_t tile_tokens;  /* Tokens of a tile of ManyTokens; 0 where there is only `multiply_few`. */
     size_t strip_rows;   /* Rows that are read together: a panel has a multiple of them. */
     size_t code_bytes;   /* Of a code in ManyTokens. */
+    size_t compact_from; /* Bytes of a block from which on `multiply_few` reads compact scales; 0: never. */
     /* x [K] → a row of FewTokens. */
     void (*quantize)(const Weight *w, const float *x, int8_t *codes, float *scales, int32_t *corrections);
     /* Rows [first, last) of y [T, N]. */

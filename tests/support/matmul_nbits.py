@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 from unittest import mock
 
 import numpy as np
@@ -40,13 +41,17 @@ def available() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Product:
-    """A quantized weight [N, K]; codes are unsigned, zero is in the middle of their range."""
+    """A quantized weight [N, K]; codes are unsigned, zero is in the middle of their range.
+
+    `kind` of scales: `any`; `bfloat16`, which bfloat16 holds as they are; `row`, one for all blocks of a row.
+    """
 
     rows: int
     blocks: int
     block: int
     bits: int
     seed: int = 0
+    kind: Literal["any", "bfloat16", "row"] = "any"
 
     @property
     def columns(self) -> int:
@@ -58,7 +63,12 @@ class Product:
 
     @cached_property
     def scales(self) -> Floats:
-        return self._random.standard_normal((self.rows, self.blocks)).astype(np.float32)
+        scales = self._random.standard_normal((self.rows, self.blocks)).astype(np.float32)
+        if self.kind == "bfloat16":
+            scales.view(np.uint32)[:] &= 0xFFFF0000
+        elif self.kind == "row":
+            scales[:] = scales[:, :1]
+        return scales
 
     @property
     def _random(self) -> np.random.Generator:

@@ -106,7 +106,8 @@ def test_memory_is_read_before_between_and_after_the_tokens(folder: Path) -> Non
 
     plan = replace(PLAN, prompts=(), depths=(5,), tokens=2 * STRETCH + 1)
     turn = run_turn(lambda: ticking.session(folder), plan, lambda: ticking.now, rate)
-    assert turn.decode == (Timing(5, 17, 17.0, read=6.0),)  # As much read at 4 as at 12.
+    decoded = 2 * STRETCH + 1
+    assert turn.decode == (Timing(5, decoded, decoded, read=6.0),)  # As much read at 4 as at 12.
     assert turn.choosing == 0
     assert [later - sooner - 1000 for sooner, later in pairwise(asked)] == [STRETCH, STRETCH, 1]
 

@@ -1,10 +1,13 @@
 """Every set of kernels computes the same numbers: those that the definition says, whatever the threads."""
 
+from typing import Literal
+
 import numpy as np
 import onnxruntime as ort
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, helper
 from support.matmul_nbits import BLOCKS, BUILT_IN, Floats, Product, available, multiply, session
 
 KERNELS = available()
@@ -17,10 +20,11 @@ aside for each of a handful of blocks, and a step of the largest sum there can b
 products = st.builds(
     Product,
     rows=st.integers(1, 140),
-    blocks=st.integers(1, 4),
+    blocks=st.integers(1, 9),
     block=st.sampled_from(BLOCKS),
     bits=st.sampled_from((4, 8)),
     seed=st.integers(0, 99),
+    kind=st.sampled_from(("any", "bfloat16", "row")),
 )
 
 
@@ -42,6 +46,35 @@ def check(product: Product, x: Floats) -> None:
 @given(products, st.integers(1, 70), st.integers(0, 99))
 def test_numbers_are_those_of_the_definition(product: Product, tokens: int, seed: int) -> None:
     check(product, activations(product, tokens, seed))
+
+
+@pytest.mark.parametrize("kind", ["any", "bfloat16", "row"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_in_fewer_bytes_are_the_same_numbers(
+    bits: int, kind: Literal["any", "bfloat16", "row"]
+) -> None:
+    """Blocks are taken by fours, and what is left of a row one by one."""
+    product = Product(rows=37, blocks=11, block=128, bits=bits, kind=kind)
+    for tokens in (1, 7):
+        check(product, activations(product, tokens))
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_scales_that_may_change(name: str) -> None:
+    """Where they are no constants, nothing is known of them beforehand."""
+    product = Product(rows=9, blocks=5, block=128, bits=8, kind="row")
+    graph = product.graph()
+    constant = graph.graph.initializer.pop()
+    assert constant.name == "scales"
+    graph.graph.input.append(helper.make_tensor_value_info("scales", TensorProto.FLOAT, None))
+    running, x = session(graph, name), activations(product, 2)
+    for factor in (1, 2, -4):
+        scales = product.scales * np.float32(factor)
+        scales[3, 2] *= 2
+        (found,) = running.run(None, {"x": x, "scales": scales})
+        fixed = Product(rows=9, blocks=5, block=128, bits=8, kind="row")
+        fixed.scales[:] = scales
+        np.testing.assert_array_equal(found, multiply(fixed, x, name))
 
 
 @pytest.mark.parametrize("bits", [4, 8])
