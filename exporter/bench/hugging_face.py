@@ -16,6 +16,8 @@ from gemma_export.runtime.tokenizer import Tokenizer
 
 Clock = Callable[[], float]
 
+_LIBRARY: Any = transformers  # Some of its functions have no types.
+
 
 def run_turn(path: Path, checkpoint: Path, plan: Plan, clock: Clock = perf_counter) -> Turn:
     """Loads a checkpoint into transformers and runs the plan once.
@@ -35,8 +37,8 @@ def run_turn(path: Path, checkpoint: Path, plan: Plan, clock: Clock = perf_count
     tokenizer = Tokenizer(bundle.file(TOKENIZER_NAME), bundle.manifest.model.vocab_size)
     tokens = real_tokens(tokenizer, plan.slots + 1)
     torch.set_num_threads(plan.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _LIBRARY.utils.logging.set_verbosity_error()
+    _LIBRARY.utils.logging.disable_progress_bar()
     try:
         with torch.inference_mode():
             return _run(checkpoint, plan, tokens, clock)
@@ -44,14 +46,14 @@ def run_turn(path: Path, checkpoint: Path, plan: Plan, clock: Clock = perf_count
         # What it raises comes from many libraries.
         text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise GemmaExportError(
-            f"transformers {transformers.__version__} cannot run {checkpoint}: {text}.",
+            f"transformers {_LIBRARY.__version__} cannot run {checkpoint}: {text}.",
             "Give the folder of the bundle's own checkpoint: --compare CHECKPOINT.",
         ) from error
 
 
 def _run(checkpoint: Path, plan: Plan, tokens: Sequence[int], clock: Clock) -> Turn:
     begin = clock()
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    model = _LIBRARY.AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.bfloat16, local_files_only=True
     ).eval()
     load = clock() - begin
