@@ -4,13 +4,13 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from gemma_export.errors import BundleError, UsageError
+from gemma_export.errors import BundleError, UsageError, first_line
 from gemma_export.runtime.bundle import Bundle
 from gemma_export.runtime.kv_cache import KVCache
 from gemma_export.runtime.large_pages import bring_in
 from gemma_export.runtime.manifest import Manifest
 from gemma_export.runtime.native import ATTENTION, library
-from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, first_line, ort
+from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, ort
 
 # Where a graph that is not a file finds its weights.
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from gemma_export.errors import BundleError, DeviceError, GemmaExportError
+from gemma_export.errors import BundleError, DeviceError, GemmaExportError, first_line
 from gemma_export.runtime.backend import Ids, Logits
 from gemma_export.runtime.bundle import Bundle
 from gemma_export.runtime.cuda_libraries import load_cuda_provider
 from gemma_export.runtime.kv_cache import STORAGE, Array, KVCache
-from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, first_line, ort
+from gemma_export.runtime.onnxruntime_graph import FATAL, LoadedGraph, ort
 
 PROVIDER = "CUDAExecutionProvider"
 

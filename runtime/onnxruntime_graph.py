@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from gemma_export.errors import GemmaExportError, MissingDependencyError
+from gemma_export.errors import GemmaExportError, MissingDependencyError, first_line
 from gemma_export.runtime.backend import (
     INPUT_IDS,
     LOGITS,
@@ -36,7 +36,7 @@ except ImportError as error:
         "`pip install 'gemma-export[cuda]'`.",
     ) from error
 
-__all__ = ["ELEMENT_TYPE", "FATAL", "LoadedGraph", "first_line", "ort"]
+__all__ = ["ELEMENT_TYPE", "FATAL", "LoadedGraph", "ort"]
 
 ELEMENT_TYPE = {"float32": 1, "int8": 3, "int64": 7, "float16": 10, "bfloat16": 16}
 """TensorProto.DataType of the ONNX specification."""
@@ -153,9 +153,3 @@ def _address(buffer: Any) -> int:
     """Where a cache buffer or an array begins, on the device or the host."""
     address: int = buffer.ctypes.data if isinstance(buffer, np.ndarray) else buffer.address
     return address
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what an exception says."""
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import onnxruntime_genai as og
 
-from gemma_export.errors import GemmaExportError
+from gemma_export.errors import GemmaExportError, first_line
 from gemma_export.exporter.bench.plan import real_tokens
 from gemma_export.exporter.bench.values import Plan, Timing, Turn
 from gemma_export.runtime.bundle import TOKENIZER_NAME, open_bundle
@@ -35,9 +35,8 @@ def run_turn(path: Path, plan: Plan, clock: Clock = perf_counter) -> Turn:
         return _run(bundle.path, bundle.manifest.graph.max_length, plan, tokens, clock)
     except Exception as error:
         # Its exceptions share no base of their own.
-        text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise GemmaExportError(
-            f"onnxruntime-genai {og.__version__} cannot run {path}: {text}.",
+            f"onnxruntime-genai {og.__version__} cannot run {path}: {first_line(error).rstrip('.')}.",
             "Leave out --compare genai to measure the bundle alone.",
         ) from error
 

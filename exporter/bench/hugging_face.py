@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from gemma_export.errors import GemmaExportError
+from gemma_export.errors import GemmaExportError, first_line
 from gemma_export.exporter.bench.plan import real_tokens
 from gemma_export.exporter.bench.values import Plan, Timing, Turn
 from gemma_export.runtime.bundle import TOKENIZER_NAME, open_bundle
@@ -44,9 +44,8 @@ def run_turn(path: Path, checkpoint: Path, plan: Plan, clock: Clock = perf_count
             return _run(checkpoint, plan, tokens, clock)
     except Exception as error:
         # What it raises comes from many libraries.
-        text = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise GemmaExportError(
-            f"transformers {_LIBRARY.__version__} cannot run {checkpoint}: {text}.",
+            f"transformers {_LIBRARY.__version__} cannot run {checkpoint}: {first_line(error).rstrip('.')}.",
             "Give the folder of the bundle's own checkpoint: --compare CHECKPOINT.",
         ) from error
 

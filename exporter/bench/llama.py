@@ -37,7 +37,7 @@ class LlamaBench:
             MissingDependencyError: There is no such program.
         """
         if not model.is_file():
-            raise UsageError(f"{model} is not there.", "Give a GGUF file: --compare MODEL.gguf.")
+            raise UsageError(f"{model} is not there.", "Give a GGUF file, a checkpoint's folder, or genai.")
         program = shutil.which(PROGRAM)
         if program is None:
             raise MissingDependencyError(

@@ -2,7 +2,7 @@
 
 The limits that a bundle is held against are measured beside it, on as many threads. Of each the fastest pass
 counts: what the machine has done once, it can do. Of several ways to read, the fastest one counts too; which
-that is, depends on the processor.
+that is, depends on the processor. What `reading` asks for beside decoding is the usual rate instead.
 """
 
 import os

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_export.errors import CheckpointError, MissingDependencyError
+from gemma_export.errors import CheckpointError, MissingDependencyError, first_line
 from gemma_export.exporter.parity.observation import Observe
 from gemma_export.exporter.parity.reference import Positions, ReferenceRun, check_sequences, kept_positions
 
@@ -62,9 +62,8 @@ class TransformersReference:
                 str(folder), dtype=torch.float32, attn_implementation="eager", local_files_only=True
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CheckpointError(
-                f"transformers cannot load {folder}: {first_line}",
+                f"transformers cannot load {folder}: {first_line(error)}",
                 "It reads checkpoints in the Hugging Face form only; leave out `--reference transformers`.",
             ) from error
 

@@ -85,3 +85,9 @@ class PromptError(UsageError):
 
 class MissingDependencyError(GemmaExportError):
     """A package of one of the extras is not installed."""
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an exception of someone else's says, or its name where it says nothing."""
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0]
