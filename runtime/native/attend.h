@@ -8,13 +8,16 @@ KERNEL Vector SUFFIX(fold)(Vector a, Vector b) {
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-/* scores [slots, QUERIES], stored two slots at a time. Slots are read one after the other, and the values asked for
- * likewise: from end to end memory is read more than twice as fast as two slots beside each other. */
+/* scores [slots, QUERIES], stored two slots at a time. Slots are read one after the other: from end to end memory is
+ * read more than twice as fast as two slots beside each other. */
 KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float *keys, const float *values, size_t first,
                           size_t last, float *scores) {
+    const size_t lead = last - first > BLOCK ? last - BLOCK : first;
     for (size_t s = first; s < last; s += 2, scores += 2 * QUERIES) {
         const float *key = keys + s * a->head, *next = s + 1 < last ? key + a->head : key;
-        for (size_t d = 0; d < 2 * a->head; d += LANES) __builtin_prefetch(values + s * a->head + d); /* Read next. */
+        /* With the last keys, the values that are mixed first are asked for. */
+        for (size_t d = 0; s >= lead && d < 2 * a->head; d += LANES)
+            __builtin_prefetch(values + (first + s - lead) * a->head + d);
         Vector sums[2 * QUERIES];
         UNROLLED
         for (int slot = 0; slot < 2; slot++) {
@@ -23,6 +26,7 @@ KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float 
             for (int q = 0; q < QUERIES; q++) sums[slot * QUERIES + q] = (Vector){0};
             size_t d = 0;
             do {
+                __builtin_prefetch(numbers + d + AHEAD);
                 const Vector columns = LOAD(numbers + d);
                 UNROLLED
                 for (int q = 0; q < QUERIES; q++) {
@@ -41,9 +45,10 @@ KERNEL void SUFFIX(score)(const Attention *a, const float *queries, const float 
     }
 }
 
-/* values [QUERIES, columns from d on] += weights [slots, QUERIES] · values of slots [start, end). */
+/* values [QUERIES, columns from d on] += weights [slots, QUERIES] · values of slots [start, end). As many numbers are
+ * asked for, from `ahead` on. */
 KERNEL void SUFFIX(mix_columns)(const int vectors, const Attention *a, const float *weights, const float *values,
-                                size_t start, size_t end, size_t d, Partial *out) {
+                                size_t start, size_t end, size_t d, const float *ahead, Partial *out) {
     Vector sums[2][QUERIES];
     UNROLLED
     for (int v = 0; v < vectors; v++)
@@ -53,7 +58,11 @@ KERNEL void SUFFIX(mix_columns)(const int vectors, const Attention *a, const flo
     do {
         Vector value[2];
         UNROLLED
-        for (int v = 0; v < vectors; v++) value[v] = LOAD(values + s * a->head + d + v * LANES);
+        for (int v = 0; v < vectors; v++) {
+            value[v] = LOAD(values + s * a->head + d + v * LANES);
+            __builtin_prefetch(ahead + v * LANES);
+        }
+        ahead += vectors * LANES;
         UNROLLED
         for (int q = 0; q < QUERIES; q++) {
             const Vector weight = BROADCAST(weights[s * QUERIES + q]);
@@ -70,14 +79,16 @@ KERNEL void SUFFIX(mix_columns)(const int vectors, const Attention *a, const flo
         for (int q = 0; q < QUERIES; q++) STORE(&out->values[q][d + v * LANES], sums[v][q]);
 }
 
-/* The same of all columns, as many slots at a time as a core's cache holds. */
+/* The same of all columns, a block of slots at a time, while the next block's values are asked for from end to end: so
+ * memory is read all the time, here and where keys are. */
 KERNEL void SUFFIX(mix)(const Attention *a, const float *weights, const float *values, size_t slots, Partial *out) {
-    for (size_t start = 0; start < slots; start += 32) {
-        const size_t end = start + 32 < slots ? start + 32 : slots;
+    for (size_t start = 0; start < slots; start += BLOCK) {
+        const size_t end = start + BLOCK < slots ? start + BLOCK : slots;
+        const float *ahead = values + (end < slots ? end : start) * a->head;
         size_t d = 0;
-        for (; d + 2 * LANES <= a->head; d += 2 * LANES)
-            SUFFIX(mix_columns)(2, a, weights, values, start, end, d, out);
-        if (d < a->head) SUFFIX(mix_columns)(1, a, weights, values, start, end, d, out);
+        for (; d + 2 * LANES <= a->head; d += 2 * LANES, ahead += 2 * LANES * (end - start))
+            SUFFIX(mix_columns)(2, a, weights, values, start, end, d, ahead, out);
+        if (d < a->head) SUFFIX(mix_columns)(1, a, weights, values, start, end, d, ahead, out);
     }
 }
 
@@ -116,6 +127,24 @@ TARGET static void SUFFIX(attend)(const Attention *a, const float *queries, cons
     for (int q = 0; q < QUERIES; q++) out->total[q] = total[q] + total[q + QUERIES];
     memset(out->values, 0, sizeof out->values);
     SUFFIX(mix)(a, scores, values + first * a->head, slots, out);
+}
+
+/* What a query has of no slot yet, it takes as it is. */
+TARGET static void SUFFIX(join)(const Attention *a, Partial *sum, const Partial *next) {
+    for (size_t q = 0; q < QUERIES; q++) {
+        if (next->total[q] == 0) continue;
+        if (sum->total[q] == 0) {
+            sum->largest[q] = next->largest[q], sum->total[q] = next->total[q];
+            memcpy(sum->values[q], next->values[q], a->head * sizeof(float));
+            continue;
+        }
+        const float largest = sum->largest[q] > next->largest[q] ? sum->largest[q] : next->largest[q];
+        const float old = expf(sum->largest[q] - largest), new = expf(next->largest[q] - largest);
+        sum->largest[q] = largest;
+        sum->total[q] = sum->total[q] * old + next->total[q] * new;
+        for (size_t d = 0; d < a->head; d++)
+            sum->values[q][d] = sum->values[q][d] * old + next->values[q][d] * new;
+    }
 }
 
 #undef KERNEL

@@ -8,6 +8,8 @@
 #include "vectors.h"
 
 #define UNROLLED _Pragma("GCC unroll 16")
+#define AHEAD 1536 /* Numbers that are asked for before they are read: hardware stops asking at the end of a page. */
+#define BLOCK 16   /* Slots whose values are mixed at a time: a core's first cache holds them and the next ones. */
 
 static int always(void) { return 1; }
 #define TARGET
@@ -35,9 +37,9 @@ static int has_avx512(void) {
 
 static const AttentionKernels all_kernels[] = {
 #if defined(__x86_64__)
-    {"avx512-vnni", has_avx512, attend_avx512},
+    {"avx512-vnni", has_avx512, attend_avx512, join_avx512},
 #endif
-    {"portable", always, attend_portable},
+    {"portable", always, attend_portable, join_portable},
 };
 
 const AttentionKernels *chosen_attention(void) {
@@ -127,18 +129,6 @@ static int attend_segment(const Work *work, size_t block, size_t segment, Partia
     return 1;
 }
 
-static void join(const Attention *a, Partial *sum, const Partial *next) {
-    for (size_t q = 0; q < QUERIES; q++) {
-        if (next->total[q] == 0) continue;
-        const float largest = sum->largest[q] > next->largest[q] ? sum->largest[q] : next->largest[q];
-        const float old = expf(sum->largest[q] - largest), new = expf(next->largest[q] - largest);
-        sum->largest[q] = largest;
-        sum->total[q] = sum->total[q] * old + next->total[q] * new;
-        for (size_t d = 0; d < a->head; d++)
-            sum->values[q][d] = sum->values[q][d] * old + next->values[q][d] * new;
-    }
-}
-
 static void attend_piece(void *data, size_t index) {
     const Work *work = data;
     Partial *out = work->partials + index;
@@ -151,13 +141,14 @@ static void finish_block(void *data, size_t block) {
     const Work *work = data;
     const Attention *a = work->a;
     Partial sum, own;
-    memset(&sum, 0, sizeof sum);
-    for (size_t q = 0; q < QUERIES; q++) sum.largest[q] = -INFINITY;
-    for (size_t segment = 0; segment < work->segments; segment++) {
+    memset(sum.total, 0, sizeof sum.total);
+    for (size_t segment = 0, found = 0; segment < work->segments; segment++) {
         if (work->partials)
-            join(a, &sum, work->partials + block * work->segments + segment);
+            work->kernels->join(a, &sum, work->partials + block * work->segments + segment);
+        else if (!found)
+            found = attend_segment(work, block, segment, &sum);
         else if (attend_segment(work, block, segment, &own))
-            join(a, &sum, &own);
+            work->kernels->join(a, &sum, &own);
     }
     const size_t key_head = block / work->blocks, row = key_head / a->key_heads, group = sharing(a);
     for (size_t q = 0; q < QUERIES; q++) {

@@ -44,6 +44,8 @@ typedef struct {
      * [S, D]; query i sees those in [from[i], to[i]). */
     void (*attend)(const Attention *a, const float *queries, const float *keys, const float *values, size_t first,
                    size_t last, const size_t *from, const size_t *to, Partial *out);
+    /* What two segments leave, to `sum`; of either there may be queries that saw no slot. */
+    void (*join)(const Attention *a, Partial *sum, const Partial *next);
 } AttentionKernels;
 
 /* The kernels that GEMMA_EXPORT_KERNELS names, or else the fastest that the processor has; NULL where onnxruntime's own
