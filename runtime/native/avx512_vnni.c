@@ -60,15 +60,22 @@ KERNEL float add_block(float sum, int32_t dot, const Weight *w, const FewTokens 
     return __builtin_fmaf((float)(dot + x->corrections[at]), scale * x->scales[at], sum);
 }
 
+/* Each quarter of the result has the sums of four vectors over that quarter. */
+KERNEL __m512i over_quarters(const __m512i *vectors) {
+    __m512i pairs[2];
+    UNROLLED
+    for (int i = 0; i < 2; i++)
+        pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(vectors[2 * i], vectors[2 * i + 1]),
+                                    _mm512_unpackhi_epi32(vectors[2 * i], vectors[2 * i + 1]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]), _mm512_unpackhi_epi64(pairs[0], pairs[1]));
+}
+
 /* The sums of four vectors. */
 KERNEL __m128i sums_of(const __m512i *parts, int stride) {
-    __m256i eight[4];
-    UNROLLED
-    for (int i = 0; i < 4; i++)
-        eight[i] = _mm256_add_epi32(_mm512_castsi512_si256(parts[i * stride]),
-                                    _mm512_extracti64x4_epi64(parts[i * stride], 1));
-    const __m256i four = _mm256_hadd_epi32(_mm256_hadd_epi32(eight[0], eight[1]), _mm256_hadd_epi32(eight[2], eight[3]));
-    return _mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1));
+    const __m512i four[ABREAST] = {parts[0], parts[stride], parts[2 * stride], parts[3 * stride]};
+    const __m512i quarters = over_quarters(four);
+    const __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64(quarters, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
 }
 
 /* `add_block` of four blocks. */
@@ -137,16 +144,6 @@ KERNEL void multiply_segment(const int bits, const uint8_t *w, size_t bytes, con
         _mm_prefetch((const char *)w + byte + AHEAD, _MM_HINT_T0);
         add_chunk(bits, 1, w + byte, ~(__mmask64)0 >> (CHUNK - at_most(bytes - byte, CHUNK)), x, 0, out);
     }
-}
-
-/* Each quarter of the result has the rows' sums over that quarter. */
-KERNEL __m512i over_quarters(const __m512i *rows) {
-    __m512i pairs[2];
-    UNROLLED
-    for (int i = 0; i < 2; i++)
-        pairs[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2 * i], rows[2 * i + 1]),
-                                    _mm512_unpackhi_epi32(rows[2 * i], rows[2 * i + 1]));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(pairs[0], pairs[1]), _mm512_unpackhi_epi64(pairs[0], pairs[1]));
 }
 
 /* The sums of pairs of quarters, first those of a. */
