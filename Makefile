@@ -38,6 +38,7 @@ lint: environment wheel ## Check style, the imports between rooms, and the types
 	$(python) -m pip install --quiet --no-deps --target build/installed dist/*.whl
 	PYTHONPATH=build/installed $(python) -c "from importlinter.cli import lint_imports_command as run; run()"
 	MYPYPATH=build/installed $(python) -m mypy -p gemma_export
+	MYPYPATH=build/installed:benchmarks $(python) -m mypy benchmarks
 
 wheel: environment ## Build dist/gemma_export-VERSION-....whl
 	@# What an older build left in build/lib would go into the wheel.

@@ -34,7 +34,7 @@ def write_checkpoint(config: GemmaConfig, folder: Path, seed: int = 0) -> None:
             step = max(1, BLOCK_BYTES * rows // (2 * torch.Size(tensor.shape).numel()))
             for start in range(0, rows, step):
                 block = tensor.read(start, min(start + step, rows))
-                file.write(block.reshape(-1).view(torch.uint8).numpy())
+                file.write(block.reshape(-1).view(torch.uint8).numpy().data)
     write_random_tokenizer(folder / "tokenizer.model", config.vocab_size)
     (folder / "config.json").write_text(json.dumps(_settings(config), indent=2))
 

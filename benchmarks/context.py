@@ -58,13 +58,11 @@ def main() -> None:
         checkpoint = Path(folder) / "checkpoint"
         write_checkpoint(replace(preset(arguments.size), num_layers=arguments.layers), checkpoint)
         lengths = (arguments.short, arguments.long)
-        contestants = [
-            Worker(
-                "bundle",
-                build(checkpoint, Path(folder) / f"{n}", arguments.precision, arguments.target, n),
-            )
+        folders = [
+            build(checkpoint, Path(folder) / f"{n}", arguments.precision, arguments.target, n)
             for n in lengths
         ]
+        contestants = [Worker("bundle", {"path": str(path), "on_cpu": True}) for path in folders]
         pairs: list[list[float]] = []
         for _ in range(arguments.rounds):
             turns = [contestant.run_turn(plan)[0] for contestant in contestants]

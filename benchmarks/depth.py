@@ -85,7 +85,7 @@ def main() -> None:
     session = load(arguments.bundle, threads=threads)
     lengths = [int(length) for length in arguments.depths.split(",")]
     depths = measure(session, lengths, arguments.stretches, threads)
-    table = Table("depth", "tok/s", "of the limit (quartiles)", "of all time", f"beside depth {lengths[0]:,}")
+    table = Table("depth", "tok/s", "of the limit (quartiles)", f"beside depth {lengths[0]:,}")
     for depth in depths:
         shares = [limit / took for limit, took in zip(depth.limits, depth.seconds, strict=True)]
         low, middle, high = quantiles(shares)
@@ -94,7 +94,6 @@ def main() -> None:
             f"{depth.tokens:,}",
             f"{1 / median(depth.seconds):.1f}",
             f"{middle:.0%} ({low:.0%}, {high:.0%})",
-            f"{sum(depth.limits) / sum(depth.seconds):.0%}",
             f"{ratio:.3f}",
         )
     Console().print(table)

@@ -16,7 +16,9 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -96,7 +98,7 @@ class Graph:
         self.macs += columns * rows
         return name
 
-    def _node(self, operator: str, inputs: list[str], outputs: list[str], **attributes: object) -> None:
+    def _node(self, operator: str, inputs: list[str], outputs: list[str], **attributes: Any) -> None:
         self._nodes.append(helper.make_node(operator, inputs, outputs, **attributes))
 
 
@@ -127,7 +129,11 @@ def reader(path: Path, threads: int) -> Callable[[], None]:
                 address = found + 1
                 found = search(address, 0, size)
 
-    return lambda: list(pool.map(share, range(threads))) and None
+    def read() -> None:
+        for _ in pool.map(share, range(threads)):
+            pass
+
+    return read
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -152,7 +158,7 @@ def measure(bits: int, block: int, layers: int, threads: int, rounds: int) -> No
                 for tokens in x:
                     # Of steps as short as decoding's, several, so that every turn takes about as long.
                     for _ in range(4 if tokens == 1 else 1):
-                        took = seconds(lambda s=session, t=tokens: s.run(None, {"x": x[t]}))
+                        took = seconds(partial(session.run, None, {"x": x[tokens]}))
                         if turn:  # The first touches pages for the first time.
                             taken[name, tokens].append(took)
                 took = seconds(read)

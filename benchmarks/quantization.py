@@ -150,7 +150,7 @@ def measure_fidelity(size: str, text: Path | None, only: str, *, outliers: bool)
                 except GemmaExportError as error:
                     print_row(variant.name, way, str(error))
                     continue
-                size = sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
+                stored = sum((bundle / name).stat().st_size for name in ("model.onnx", "model.onnx.data"))
                 for name, figures in comparison.figures(measurable_session(bundle)):
                     share, within = "", ""
                     if way == "to nearest":
@@ -162,7 +162,7 @@ def measure_fidelity(size: str, text: Path | None, only: str, *, outliers: bool)
                         if variant.precision == "int8":
                             holds = bounds.hold(name, figures)
                         within = "yes" if holds else "no"
-                    megabytes = f"{size / 1e6:.2f}"
+                    megabytes = f"{stored / 1e6:.2f}"
                     print_row(variant.name, way, megabytes, *cells(name, figures), share, within)
 
 

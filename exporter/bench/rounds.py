@@ -5,7 +5,7 @@ and percentages and ratios are taken round by round. Decoding is held against wh
 beside it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,8 +70,8 @@ class Round:
 
 def run_rounds(
     bundle: Bundle, plan: Plan, peers: Mapping[str, Contestant], repeats: int, listener: events.Listener
-) -> list[Round]:
-    """Runs them.
+) -> Iterator[Round]:
+    """Runs them; each is given when it is finished, so that one which fails takes none with it.
 
     Args:
         bundle: What is measured.
@@ -85,7 +85,6 @@ def run_rounds(
     """
     ours = {"path": str(bundle.path), "on_cpu": runs_on_cpu(bundle)}
     contestants: dict[str, Contestant] = {OURS: Worker("bundle", ours), **peers}
-    rounds = []
     for number in range(1, repeats + 1):
         name = f"round {number}"
         with events.stage(listener, name, "the machine") as facts:
@@ -97,9 +96,8 @@ def run_rounds(
                 _read_files(bundle)
                 turns[contestant], busy = runner.run_turn(plan)
                 others = max(others, busy)
-            rounds.append(Round(load, machine, turns, others))
             facts |= {who: _brief(turn) for who, turn in turns.items()}
-    return rounds
+        yield Round(load, machine, turns, others)
 
 
 def runs_on_cpu(bundle: Bundle) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from gemma_export.disk import disk_errors
-from gemma_export.errors import UsageError
+from gemma_export.errors import GemmaExportError, UsageError
 from gemma_export.exporter.commands import options
 from gemma_export.exporter.commands.console import listening, write_json
 from gemma_export.exporter.process import out
@@ -54,17 +54,19 @@ def bench(
     if plot is not None:
         # What is missing is missed now, not when all is measured.
         from gemma_export.exporter.bench.plot import write_plot
+    measured: list[rounds.Round] = []
+    ended_by: BaseException | None = None
     with listening(as_json=as_json, quiet=quiet) as listener:
-        measured = rounds.run_rounds(opened, settled, peers, repeats, listener)
-        report = Report(
-            opened.path,
-            opened.manifest,
-            this_host(),
-            settled,
-            left_out,
-            tuple(measured),
-            rounds.measure_step(opened, settled) if rounds.runs_on_cpu(opened) else None,
-        )
+        try:
+            # One by one: whatever ends it, those that were finished are in.
+            measured.extend(rounds.run_rounds(opened, settled, peers, repeats, listener))
+            step = rounds.measure_step(opened, settled) if rounds.runs_on_cpu(opened) else None
+        except (GemmaExportError, KeyboardInterrupt, SystemExit) as error:
+            if not measured:
+                raise
+            # What has been measured took minutes: it is told before why there is no more of it.
+            ended_by, step = error, None
+        report = Report(opened.path, opened.manifest, this_host(), settled, left_out, tuple(measured), step)
     if plot is not None:
         with disk_errors(plot):
             write_plot(report, plot)
@@ -72,6 +74,8 @@ def bench(
         write_json({"event": "result", **report.to_json()})
     elif not quiet:
         out.print(bench_table(report))
+    if ended_by is not None:
+        raise ended_by
 
 
 def _numbers(text: str, option: str) -> list[int]:

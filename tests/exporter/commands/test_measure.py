@@ -9,6 +9,7 @@ import pytest
 from support.command_line import Invoke, RunCli, assert_refused, outcome_of, without
 from support.engine_bundle import write_engine_bundle
 
+from gemma_export.errors import GemmaExportError
 from gemma_export.exporter.bench import rounds
 from gemma_export.exporter.bench.limits import bytes_per_token
 from gemma_export.exporter.bench.rounds import GENAI, OURS
@@ -64,6 +65,36 @@ def test_a_run_for_people(tiny_bundle: Path, known_machine: Machine, tmp_path: P
     assert any(line.startswith("decode at depth 509, tok/s ") and line.endswith("%") for line in lines)
     assert "left out: 3 tokens at depth 9999: the cache has 512 slots" in lines
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [(KeyboardInterrupt(), 130), (GemmaExportError("It broke.", "Mend it."), 1)]
+)
+def test_finished_rounds_are_told_whatever_ends_the_next(
+    end: BaseException,
+    code: int,
+    tiny_bundle: Path,
+    known_machine: Machine,
+    invoke: Invoke,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    machines = iter([known_machine])
+
+    def measure_machine(threads: int) -> Machine:
+        for machine in machines:
+            return machine
+        raise end
+
+    monkeypatch.setattr(rounds, "measure_machine", measure_machine)
+    outcome = invoke(["bench", tiny_bundle, *SMALL, "--repeats", "3", "--json"])
+    assert outcome.code == code
+    result = outcome.events[-1]
+    assert len(result["machine"]["read"]["values"]) == 1
+    assert result["step"] is None
+    assert "Traceback" not in outcome.err
+    refused = invoke(["bench", tiny_bundle, *SMALL, "--json"])
+    assert refused.code == code
+    assert all(event["event"] != "result" for event in refused.events)
 
 
 def test_in_turns_with_onnxruntime_genai(
