@@ -33,7 +33,7 @@ test: environment ## Run the tests in WORKERS=2 processes; PYTEST="-k name" pass
 lint: environment wheel ## Check style, the imports between rooms, and the types of the built wheel
 	$(python) -m ruff check
 	$(python) -m ruff format --check
-	@# The editable install maps its rooms by an import hook, which neither of these can follow: they read the wheel.
+	@# The editable install maps its rooms by an import hook, which none of these can follow: they read the wheel.
 	rm -rf build/installed
 	$(python) -m pip install --quiet --no-deps --target build/installed dist/*.whl
 	PYTHONPATH=build/installed $(python) -c "from importlinter.cli import lint_imports_command as run; run()"

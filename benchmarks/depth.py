@@ -11,18 +11,19 @@ that decoding behind 2,047 tokens has at least 0.9 of the speed behind 32.
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import harmonic_mean, median, quantiles
+from statistics import harmonic_mean, median
 from time import perf_counter
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from gemma_export.exporter.bench.bundle import STRETCH, fill
-from gemma_export.exporter.bench.limits import bytes_per_token
-from gemma_export.exporter.bench.plan import physical_cores, real_tokens
+from gemma_export.exporter.bench.limits import decode_seconds
+from gemma_export.exporter.bench.plan import make_plan, physical_cores, real_tokens
 from gemma_export.exporter.bench.reading import Reading
+from gemma_export.exporter.bench.values import Plan, Timing
 from gemma_export.runtime.kv_cache import KVCache
-from gemma_export.runtime.options import GenerationOptions
 from gemma_export.runtime.session import Session, load
 
 
@@ -33,41 +34,40 @@ class Depth:
     Attributes:
         tokens: How many the cache holds before each stretch.
         cache: Of one row.
-        seconds: Of each stretch, per token.
-        limits: Of each stretch, the seconds in which a token's bytes were read then.
+        seconds: Of each stretch.
+        shares: Of each stretch, the part of its time in which its bytes could have been read.
     """
 
     tokens: int
     cache: KVCache
     seconds: list[float] = field(default_factory=list)
-    limits: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
 
     def run(self, session: Session, token: int) -> float:
-        """Runs a stretch and forgets it again; returns seconds per token."""
+        """Runs a stretch and forgets it again; returns its seconds."""
         begin = perf_counter()
         for _ in range(STRETCH):
             session.step([[token]], self.cache)
-        seconds = (perf_counter() - begin) / STRETCH
+        seconds = perf_counter() - begin
         self.cache.truncate(self.tokens)
         return seconds
 
 
-def measure(session: Session, lengths: list[int], stretches: int, threads: int) -> list[Depth]:
+def measure(session: Session, plan: Plan, stretches: int) -> list[Depth]:
     """Runs so many stretches at each depth, in turns."""
-    ids = real_tokens(session.tokenizer, max(lengths) + 1)
-    depths = [Depth(length, session.new_cache()) for length in lengths]
+    ids = real_tokens(session.tokenizer, plan.slots)
+    depths = [Depth(tokens, session.new_cache()) for tokens in plan.depths]
     for depth in depths:
-        fill(session, depth.cache, ids, depth.tokens, GenerationOptions().prefill_chunk)
+        fill(session, depth.cache, ids, depth.tokens, plan.chunk)
         depth.run(session, ids[depth.tokens])
-    with Reading(threads) as reading:
+    with Reading(plan.threads) as reading:
         before = reading.rate()
         for _ in range(stretches):
             for depth in depths:
-                depth.seconds.append(depth.run(session, ids[depth.tokens]))
-                after = reading.rate()
-                middle = depth.tokens + (STRETCH + 1) / 2
-                bytes_read = bytes_per_token(session.manifest, middle)
-                depth.limits.append(bytes_read / harmonic_mean([before, after]))
+                seconds, after = depth.run(session, ids[depth.tokens]), reading.rate()
+                timing, rate = Timing(depth.tokens, STRETCH, seconds), harmonic_mean([before, after])
+                depth.seconds.append(seconds)
+                depth.shares.append(decode_seconds(session.manifest, timing, rate) / seconds)
                 before = after
     return depths
 
@@ -78,25 +78,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("bundle", type=Path)
-    parser.add_argument("--depths", default="32,2047", help="separated by commas; the first is compared with")
+    parser.add_argument("--depths", default="32,2047", help="with commas; the least is compared with")
     parser.add_argument("--stretches", type=int, default=60, help="of four tokens, at each depth")
     arguments = parser.parse_args()
-    threads = physical_cores()
-    session = load(arguments.bundle, threads=threads)
-    lengths = [int(length) for length in arguments.depths.split(",")]
-    depths = measure(session, lengths, arguments.stretches, threads)
-    table = Table("depth", "tok/s", "of the limit (quartiles)", f"beside depth {lengths[0]:,}")
+    session = load(arguments.bundle, threads=physical_cores())
+    wanted = [int(depth) for depth in arguments.depths.split(",")]
+    plan, left_out = make_plan(session.max_length, prompts=(), depths=wanted, tokens=STRETCH)
+    first, *_ = depths = measure(session, plan, arguments.stretches)
+    table = Table("depth", "tok/s", "of the limit (quartiles)", f"beside depth {first.tokens:,}")
     for depth in depths:
-        shares = [limit / took for limit, took in zip(depth.limits, depth.seconds, strict=True)]
-        low, middle, high = quantiles(shares)
-        ratio = median(first / took for first, took in zip(depths[0].seconds, depth.seconds, strict=True))
+        low, middle, high = np.quantile(depth.shares, (0.25, 0.5, 0.75))
+        ratio = median(least / took for least, took in zip(first.seconds, depth.seconds, strict=True))
         table.add_row(
             f"{depth.tokens:,}",
-            f"{1 / median(depth.seconds):.1f}",
+            f"{STRETCH / median(depth.seconds):.1f}",
             f"{middle:.0%} ({low:.0%}, {high:.0%})",
             f"{ratio:.3f}",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for what in left_out:
+        console.print(f"left out: {what}")
 
 
 if __name__ == "__main__":

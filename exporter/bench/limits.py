@@ -32,9 +32,9 @@ def bytes_per_token(manifest: Manifest, depth: float) -> float:
     return manifest.bytes.per_token + seen * per_slot
 
 
-def decode_seconds(manifest: Manifest, machine: Machine, timing: Timing) -> float:
-    """The least time that decoding takes, at the rate that was measured beside it if one was."""
-    rate = machine.read if timing.read is None else timing.read
+def decode_seconds(manifest: Manifest, timing: Timing, read: float) -> float:
+    """The least time that decoding takes, at the rate measured beside it, or else `read` bytes per second."""
+    rate = read if timing.read is None else timing.read
     middle = timing.at + (timing.tokens + 1) / 2  # A token reads its own keys and values, too.
     return timing.tokens * bytes_per_token(manifest, middle) / rate
 

@@ -210,7 +210,7 @@ class Report:
             least = None
             if round_.machine is not None and timing is not None:
                 least = (
-                    decode_seconds(self.manifest, round_.machine, timing)
+                    decode_seconds(self.manifest, timing, round_.machine.read)
                     if name == "decode"
                     else prefill_seconds(self.manifest, round_.machine, timing, self.plan.chunk)
                 )

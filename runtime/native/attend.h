@@ -1,5 +1,6 @@
-/* A block of queries over a segment of slots, with vectors as GCC and Clang have them: included once for each set of
- * instructions, which defines TARGET, what is named SUFFIX(attend), and what of it has to be said in their own words. */
+/* A block of queries over a segment of slots, and the joining of segments, with vectors as GCC and Clang have them:
+ * included once for each set of instructions, which defines TARGET, what is named SUFFIX(attend), and what of it has to be
+ * said in their own words. */
 #define KERNEL static inline __attribute__((always_inline)) TARGET
 
 /* Lanes 0 to 7: sums of neighbours in a; 8 to 15: in b. Four turns over 16 vectors leave the sum of each in a lane. */

@@ -72,7 +72,7 @@ KERNEL __m512i over_quarters(const __m512i *vectors) {
 
 /* The sums of four vectors. */
 KERNEL __m128i sums_of(const __m512i *parts, int stride) {
-    const __m512i four[ABREAST] = {parts[0], parts[stride], parts[2 * stride], parts[3 * stride]};
+    const __m512i four[4] = {parts[0], parts[stride], parts[2 * stride], parts[3 * stride]};
     const __m512i quarters = over_quarters(four);
     const __m256i halves = _mm256_add_epi32(_mm512_castsi512_si256(quarters), _mm512_extracti64x4_epi64(quarters, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));

@@ -49,9 +49,9 @@ def test_a_rolling_layer_reads_its_window_only(small: Manifest) -> None:
 def test_decoding_is_reading(small: Manifest) -> None:
     # At depth 10, three tokens see 11, 12 and 13 slots.
     wanted = sum(80_000 + 2 * slots * 10 for slots in (11, 12, 13)) / 1e6
-    assert decode_seconds(small, MACHINE, Timing(10, 3, 99.0)) == pytest.approx(wanted, rel=1e-12)
+    assert decode_seconds(small, Timing(10, 3, 99.0), MACHINE.read) == pytest.approx(wanted, rel=1e-12)
     beside = Timing(10, 3, 99.0, read=2 * MACHINE.read)
-    assert decode_seconds(small, MACHINE, beside) == pytest.approx(wanted / 2, rel=1e-12)
+    assert decode_seconds(small, beside, MACHINE.read) == pytest.approx(wanted / 2, rel=1e-12)
 
 
 def test_operations_of_a_prompt(small: Manifest) -> None:
